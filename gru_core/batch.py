@@ -1,0 +1,191 @@
+"""Rows of text to rows of tokens to padded batches; only answer tokens carry loss.
+
+Shape legend: B rows, T tokens of the longest row of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gru_core.errors import InputError
+
+IGNORE = -100
+"""Label of a position without loss (prompt and padding), as Hugging Face has it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of text. ``prompt`` is empty for plain text, whose every token then carries loss.
+
+    Attributes:
+        id: stable name within its file or split, such as ``forget10:17``; safe to log.
+        prompt: question, or prefix to complete.
+        answer: text that is learned or forgotten.
+        kind: ``qa`` (chat template or ``Question: ... Answer:``), ``completion`` (texts joined as they are)
+            or ``text``.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    kind: str = "qa"
+
+    def __repr__(self) -> str:  # texts stay out of logs and error messages
+        return f"Row({self.id!r}, kind={self.kind!r})"
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids of one row.
+
+    Attributes:
+        ids: prompt and answer tokens, the closing end-of-sequence token included.
+        prompt_length: how many of them are prompt (never less than 1: the first token has no predictor).
+        has_eos: whether the last token is the closing end-of-sequence token.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    prompt_length: int
+    has_eos: bool = True
+
+    @property
+    def answer_length(self) -> int:
+        """Answer tokens, the closing token included: the ``|y|`` of the metrics."""
+        return len(self.ids) - self.prompt_length
+
+    def __repr__(self) -> str:  # token ids are texts too
+        return f"TokenRow({self.id!r}, {len(self.ids)} tokens)"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Right-padded rows.
+
+    Attributes:
+        ids_BT: token ids, int64.
+        mask_BT: 1 on tokens, 0 on padding, int64.
+        labels_BT: ids on answer tokens, ``IGNORE`` elsewhere, *not* shifted (``logprobs`` shifts).
+        index_B: position of each row in its dataset, int64 (looks up reference losses).
+    """
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    index_B: torch.Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        move = (self.ids_BT, self.mask_BT, self.labels_BT, self.index_B)
+        return TokenBatch(*(t.to(device, non_blocking=True) for t in move))
+
+
+def prompt_and_answer(
+    tokenizer: Any, row: Row, system_prompt: str | None = None, chat_date: str = "10 Apr 2025"
+) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the answer, the closing token included in the answer.
+
+    Prompt and answer are tokenised apart, so that the border between them never moves with the answer's text:
+    a truth ratio compares answers behind the *same* prompt tokens.
+
+    Raises:
+        InputError: the chat template does not keep the prompt as a prefix.
+    """
+    if row.kind == "qa" and tokenizer.chat_template:
+        return _chat(tokenizer, row, system_prompt, chat_date)
+    if row.kind == "qa":
+        prompt, answer = f"Question: {row.prompt}\nAnswer:", f" {row.answer}"
+    else:
+        prompt, answer = row.prompt, row.answer
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    prompt_ids = start + (tokenizer.encode(prompt, add_special_tokens=False) if prompt else [])
+    answer_ids = tokenizer.encode(answer, add_special_tokens=False)
+    if tokenizer.eos_token_id is not None:
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    return prompt_ids, answer_ids
+
+
+def _chat(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -> tuple[list[int], list[int]]:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    asked = [*system, {"role": "user", "content": row.prompt}]
+    told = [*asked, {"role": "assistant", "content": row.answer}]
+    options = {"tokenize": False, "date_string": chat_date}
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template(told, **options)
+    if not whole.startswith(prompt):
+        raise InputError("the tokenizer's chat template does not keep the prompt as a prefix of the conversation")
+    answer = whole[len(prompt) :].rstrip()  # some templates end a turn with a newline behind the closing token
+    return tokenizer.encode(prompt, add_special_tokens=False), tokenizer.encode(answer, add_special_tokens=False)
+
+
+def encode(
+    tokenizer: Any,
+    row: Row,
+    max_length: int,
+    system_prompt: str | None = None,
+    chat_date: str = "10 Apr 2025",
+) -> TokenRow:
+    """One row as tokens, cut on the right at ``max_length``.
+
+    Raises:
+        InputError: nothing of the answer is left to carry loss.
+    """
+    prompt_ids, answer_ids = prompt_and_answer(tokenizer, row, system_prompt, chat_date)
+    ids = (prompt_ids + answer_ids)[:max_length]
+    prompt_length = max(1, len(prompt_ids))
+    if len(ids) <= prompt_length:
+        raise InputError(f"row {row.id}: no answer token within {max_length} tokens (prompt {len(prompt_ids)})")
+    whole = len(ids) == len(prompt_ids) + len(answer_ids)
+    specials = set(tokenizer.all_special_ids)
+    return TokenRow(row.id, tuple(ids), prompt_length, has_eos=whole and ids[-1] in specials)
+
+
+def collate(rows: Sequence[TokenRow], index: Sequence[int], pad_id: int) -> TokenBatch:
+    """Rows to one right-padded batch on the CPU. ``index`` gives each row's position in its dataset."""
+    B, T = len(rows), max(len(r.ids) for r in rows)
+    ids_BT = torch.full((B, T), pad_id, dtype=torch.int64)
+    mask_BT = torch.zeros((B, T), dtype=torch.int64)
+    labels_BT = torch.full((B, T), IGNORE, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        n = len(row.ids)
+        ids_BT[b, :n] = torch.tensor(row.ids)
+        mask_BT[b, :n] = 1
+        labels_BT[b, row.prompt_length : n] = ids_BT[b, row.prompt_length : n]
+    return TokenBatch(ids_BT, mask_BT, labels_BT, torch.tensor(index, dtype=torch.int64))
+
+
+class Stream:
+    """The endless, seeded order of one dataset's rows; any step's rows are known without the steps before.
+
+    An epoch is a permutation drawn from (seed, name, epoch); batches run across epoch borders, so no row is
+    dropped and none is padded in. The order does not depend on the number of workers.
+
+    Args:
+        size: rows in the dataset, at least 1.
+        batch_size: rows per optimizer step, over all workers.
+        name: ``forget`` and ``retain`` draw from separate random streams.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, name: str) -> None:
+        self.size, self.batch_size = size, batch_size
+        self._key = (seed, *name.encode())
+        self._epochs: dict[int, list[int]] = {}
+
+    def _epoch(self, number: int) -> list[int]:
+        if number not in self._epochs:
+            import numpy as np
+
+            if len(self._epochs) > 4:  # small: only the epochs that the current batch touches
+                self._epochs.clear()
+            random = np.random.default_rng([*self._key, number])
+            self._epochs[number] = random.permutation(self.size).tolist()
+        return self._epochs[number]
+
+    def rows(self, step: int) -> list[int]:
+        """Dataset positions of the global batch of ``step`` (from 0), length ``batch_size``."""
+        start = step * self.batch_size
+        places = range(start, start + self.batch_size)
+        return [self._epoch(i // self.size)[i % self.size] for i in places]

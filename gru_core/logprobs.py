@@ -1,0 +1,73 @@
+"""The only home of label shift, masks and answer NLL.
+
+Shape legend: B rows, T tokens of a row, V vocabulary, N answer tokens of the whole batch.
+``BT1`` is (B, T-1): column ``t`` belongs to the token at ``t + 1``, which the logits at ``t`` predict.
+``labels_BT`` is *not* shifted and holds :data:`~gru_core.batch.IGNORE` off the answer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from gru_core.batch import IGNORE
+
+
+def answer_mask(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Bool (B, T-1): True where the next token is an answer token."""
+    return labels_BT[:, 1:] != IGNORE
+
+
+def answer_counts(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Answer tokens of each row, int64 (B,): the ``|y|`` of the metrics."""
+    return answer_mask(labels_BT).sum(dim=1)
+
+
+def answer_nll(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every answer token, float32 or better, (B, T-1), zero off the answer; differentiable.
+
+    Only the logits of answer positions are taken and cast, so the float32 copy is (N, V), never (B, T, V).
+    A batch or a row without answer tokens gives zeros that still have a gradient (of zero).
+    """
+    logits_NV, targets_N = _gather(logits_BTV, labels_BT)
+    return _scatter(F.cross_entropy(logits_NV.float(), targets_N, reduction="none"), labels_BT)
+
+
+def sequence_nll(nll_BT1: torch.Tensor) -> torch.Tensor:
+    """Sum of a row's answer NLL, (B,), in the input's dtype."""
+    return nll_BT1.sum(dim=1)
+
+
+def answer_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Bool (B, T-1): answer tokens that are the arg-max of the logits before them; False off the answer.
+
+    A position whose largest logit is not finite is no hit: a diverged model remembers nothing.
+    """
+    return _scatter(_hits(*_gather(logits_BTV, labels_BT)), labels_BT)
+
+
+def answer_nll_and_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`answer_nll` and :func:`answer_hits` from one gather."""
+    logits_NV, targets_N = _gather(logits_BTV, labels_BT)
+    nll_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    return _scatter(nll_N, labels_BT), _scatter(_hits(logits_NV, targets_N), labels_BT)
+
+
+def _hits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    top_N, place_N = logits_NV.max(dim=-1)
+    return (place_N == targets_N) & torch.isfinite(top_N)
+
+
+def _gather(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that predict answer tokens, (N, V) in the logits' dtype, and those tokens, (N,), row by row."""
+    mask_BT = F.pad(answer_mask(labels_BT), (0, 1))  # the last position predicts nothing
+    place_N = mask_BT.flatten().nonzero().squeeze(1)
+    # index_select and not a boolean mask: its backward is twice as fast on CPU
+    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).index_select(0, place_N)
+    return logits_NV, labels_BT.reshape(-1)[place_N + 1]
+
+
+def _scatter(values_N: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Values of answer tokens at their places in (B, T-1), zero or False elsewhere."""
+    mask_BT1 = answer_mask(labels_BT)
+    return torch.zeros_like(mask_BT1, dtype=values_N.dtype).masked_scatter(mask_BT1, values_N)

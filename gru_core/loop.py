@@ -1,0 +1,155 @@
+"""Steps with callbacks: log, evaluate, save, stop. What a run does, without where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from gru_core import checkpoint
+from gru_core.config import RunConfig
+from gru_core.models import set_dropout
+from gru_core.objectives import Objective
+from gru_core.parallel import Group, unwrap
+from gru_core.step import Losses, Rows, Step
+
+Status = Literal["finished", "collapsed"]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the surroundings do with a run. All are called on every rank, at the same steps.
+
+    Attributes:
+        log: ``(step, metrics)`` after every step, counted from 1.
+        evaluate: ``(step)``: measure the model as it stands; must leave training state alone.
+        saved: ``(step)`` after a checkpoint was written.
+    """
+
+    log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    evaluate: Callable[[int], None] = lambda step: None
+    saved: Callable[[int], None] = lambda step: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its status and the number of steps taken."""
+
+    status: Status
+    steps: int
+
+
+@torch.no_grad()
+def reference_losses(losses: Losses, data: Rows, group: Group) -> torch.Tensor:
+    """Summed NLL of every row under the model as it stands, (n,) float32 on the CPU, the same on every rank.
+
+    Taken once, before the first step: the frozen starting model then needs no second copy in memory.
+    """
+    mine: list[tuple[int, float]] = []
+    chunk = losses.micro_batch or 64
+    places = range(len(data.rows))
+    for start in range(0, len(places), chunk * group.size):
+        for batch in losses.batches(data, places[start : start + chunk * group.size]):
+            values = losses.forward(batch).nll_B
+            mine += zip(batch.index_B.tolist(), values.tolist(), strict=True)
+    out = torch.zeros(len(data.rows), dtype=torch.float64)
+    for part in group.gather(mine):
+        for place, value in part:
+            out[place] = value
+    return out
+
+
+class Run:
+    """One unlearning run: build, resume, go.
+
+    Args:
+        model: plain or DDP-wrapped, on the group's device.
+        folder: where checkpoints live; None: none are written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        objective: Objective,
+        forget: Rows,
+        retain: Rows,
+        group: Group,
+        hooks: Hooks,
+        folder: Path | None = None,
+    ) -> None:
+        set_dropout(unwrap(model), config.unlearn.dropout)
+        self.config, self.group, self.hooks, self.folder = config, group, hooks, folder
+        found = checkpoint.latest(folder) if folder else None
+        if objective.needs_reference and found is None:
+            losses = Losses(model, config.model, group, config.train.micro_batch)
+            forget = Rows(forget.rows, reference_losses(losses, forget, group))
+        self.step = Step(model, config, objective, forget, retain, group)
+        self.start = 0
+        self._probe_start: float | None = None
+        if found is not None:
+            self._resume(found)
+
+    def _resume(self, found: checkpoint.Checkpoint) -> None:
+        step = self.step
+        momentum, reference = checkpoint.load(found, step.model, step.optimizer, self.group.device)
+        step.restore(found.state, momentum)
+        step.forget = Rows(step.forget.rows, reference)
+        self.start = found.step
+        self._probe_start = found.state["probe_start"]
+
+    def __call__(self) -> Outcome:
+        """Run to the end, from the last checkpoint where there is one.
+
+        Raises:
+            NonFiniteError: a loss or Gram matrix was not finite.
+            StorageError: a checkpoint could not be written.
+        """
+        settings = self.config.unlearn
+        if self.start == 0:
+            self.hooks.evaluate(0)
+            self._probe_start = self._probe()
+        for number in range(self.start, settings.steps):
+            done = number + 1
+            metrics = self.step(number)
+            due = done % settings.evaluate_every == 0
+            if due and not self.step.reads_retain and self.step.retain.rows:
+                metrics["retain_loss"] = self._probe() or 0.0
+            collapsed = self._collapsed(metrics)
+            self.hooks.log(done, metrics)
+            last = collapsed or done == settings.steps
+            if last or due:
+                self.hooks.evaluate(done)
+            if last or done % self.config.train.checkpoint_every == 0:
+                self._save(done)
+            if collapsed:
+                return Outcome("collapsed", done)
+        return Outcome("finished", settings.steps)
+
+    def _probe(self) -> float | None:
+        if self.step.reads_retain or not self.step.retain.rows:
+            return None
+        return self.step.probe()
+
+    def _collapsed(self, metrics: dict[str, float]) -> bool:
+        """Whether the retain loss has left a multiple of its start (of 1 nat, where it started below)."""
+        start = self.step.drift.start if self.step.reads_retain else self._probe_start
+        loss = metrics.get("retain_loss")
+        if start is None or loss is None:
+            return False
+        return loss > self.config.unlearn.collapse * max(1.0, start)
+
+    def _save(self, done: int) -> None:
+        if self.folder is None:
+            return
+        step = self.step
+        if self.group.rank == 0:
+            state = step.state() | {"probe_start": self._probe_start}
+            reference = step.forget.reference
+            checkpoint.save(self.folder, done, step.model, step.optimizer, step.momentum, state, reference)
+        self.group.barrier()
+        self.hooks.saved(done)

@@ -1,0 +1,196 @@
+"""Load, build and save causal language models and their tokenizers. Weights are safetensors, code is never
+downloaded."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gru_core.config import ModelConfig, PrepareConfig
+from gru_core.errors import InputError
+
+MAX_LENGTH = 2048
+"""Longest row, tokens, where the model allows more."""
+
+
+def _is_folder(path: str) -> bool:
+    """Whether ``path`` means a local folder and not a hub id."""
+    return Path(path).expanduser().exists() or path.count("/") != 1 or path.startswith((".", "/", "~"))
+
+
+def check_model_folder(path: str, what: str = "model.path") -> None:
+    """Refuse a local folder that cannot be a model; a hub id passes.
+
+    Raises:
+        InputError: the folder is missing, or lacks config, safetensors weights or a tokenizer.
+    """
+    if not _is_folder(path):
+        return
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{what}: there is no folder {path!r} (and it is no hub id of the form owner/name)")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{what}: folder {path!r} has no config.json, so it holds no Hugging Face model")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{what}: folder {path!r} has no *.safetensors weights (pickled weights are not read)")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{what}: folder {path!r} has no tokenizer (tokenizer.json)")
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The type that forward and backward compute in."""
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def weight_dtype(config: ModelConfig) -> torch.dtype:
+    """The type that weights, gradients and optimizer state are stored in."""
+    return torch.bfloat16 if config.dtype == "pure_bfloat16" else torch.float32
+
+
+def load_model(path: str, config: ModelConfig, what: str = "model.path") -> nn.Module:
+    """A causal LM from a local folder or the hub, on the CPU, in the dtype that ``config`` stores.
+
+    Raises:
+        InputError: no such folder or hub id, no safetensors weights, or not a causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_folder(path, what)
+    if config.dtype == "pure_bfloat16":
+        warnings.warn("model.dtype pure_bfloat16: small updates are lost to rounding", stacklevel=2)
+    source = str(Path(path).expanduser()) if _is_folder(path) else path
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=weight_dtype(config),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=_is_folder(path),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what}: cannot load {path!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(path: str, what: str = "model.path") -> Any:
+    """The tokenizer beside a model, with a padding token.
+
+    Raises:
+        InputError: it cannot be loaded, or has neither padding nor end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    check_model_folder(path, what)
+    source = str(Path(path).expanduser()) if _is_folder(path) else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=_is_folder(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{what}: cannot load the tokenizer of {path!r}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{what}: the tokenizer of {path!r} has neither padding nor end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out everywhere, so any token serves
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def max_length(model: nn.Module) -> int:
+    """Longest row that the model takes, tokens."""
+    limit = getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH
+    return min(int(limit), MAX_LENGTH)
+
+
+def set_dropout(model: nn.Module, active: bool) -> None:
+    """Train mode, with every dropout off unless ``active``: rows then have one loss, and runs one result."""
+    model.train(active)
+
+
+def build_tokenizer(texts: Iterable[str], config: PrepareConfig) -> Any:
+    """A tokenizer trained on ``texts``: whole words and punctuation, or byte-level BPE.
+
+    Returns:
+        A fast tokenizer with ``<pad>``, ``<unk>``, ``<s>`` and ``</s>``, without a chat template.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<unk>", "<s>", "</s>"]
+    if config.tokenizer == "word":
+        inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+        inner.decoder = decoders.Metaspace()
+        trainer: Any = trainers.WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=specials)
+    else:
+        inner = Tokenizer(models.BPE(unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=specials, initial_alphabet=alphabet)
+    inner.train_from_iterator(list(texts), trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def build_small(tokenizer: Any, config: PrepareConfig, seed: int, positions: int = 512) -> nn.Module:
+    """A small Llama with random weights, the same for a given seed; the global RNG is left as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.heads, intermediate_size=config.intermediate,
+        max_position_embeddings=positions, tie_word_embeddings=True, attention_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(shape)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face folder: safetensors weights, config, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pack_weights(model: Any) -> tuple[str, dict[str, Any]]:
+    """Config JSON and weights as NumPy arrays, to share through an object store without copies.
+
+    Tied tensors appear once each; bf16 travels as its int16 bits.
+    """
+    arrays = {
+        name: (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
+        for name, t in model.state_dict().items()
+    }
+    return json.dumps(model.config.to_dict() | {"_class": type(model).__name__}), arrays
+
+
+def unpack_weights(packed: tuple[str, dict[str, Any]], config: ModelConfig) -> nn.Module:
+    """The model behind :func:`pack_weights`, with weights of its own."""
+    import transformers
+
+    shape = json.loads(packed[0])
+    name = shape.pop("_class")
+    kind = getattr(transformers, name)
+    # Built without initialisation: every weight is overwritten below, and the global RNG is not consumed.
+    with torch.random.fork_rng():
+        settings = kind.config_class.from_dict(shape)
+        model = kind._from_config(settings, dtype=weight_dtype(config))
+    dtype = weight_dtype(config)
+    weights = {}
+    for key, array in packed[1].items():
+        tensor = torch.from_numpy(array.copy())
+        weights[key] = (
+            tensor.view(torch.bfloat16) if dtype == torch.bfloat16 and tensor.dtype == torch.int16 else tensor
+        )
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,23 @@
+"""``learn``: plain cross entropy, the objective of ``gru prepare``. Not a forget objective, so not in
+OBJECTIVES."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from gru_core.config import UnlearnConfig
+from gru_core.objectives.base import AnswerLosses
+
+
+class Learn:
+    unit: ClassVar[Literal["token", "sequence"]] = "token"
+    needs_reference: ClassVar[bool] = False
+    default_beta: ClassVar[float | None] = None
+
+    def __init__(self, config: UnlearnConfig) -> None:
+        del config
+
+    def loss_sum(self, losses: AnswerLosses) -> torch.Tensor:
+        return losses.nll_BT1.sum()

@@ -1,0 +1,1 @@
+"""Ray and MLflow around gru_core: the driver, the worker, the search, the tracker, the command line."""

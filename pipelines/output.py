@@ -1,0 +1,99 @@
+"""The output folder of a run or a search: never mixed with something else, never deleted by mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from gru_core.errors import InputError
+from pipelines.settings import HEADER
+
+_JOURNAL_LINE = b'{"kind":"run"'
+
+
+def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
+    """Checks that :func:`claim` would succeed; changes nothing.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        InputError: the folder is not empty and neither option was given; holds something that is no result of
+            ours where an option was given; nothing there to resume; not writable.
+    """
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume were both given, allowed: one of them")
+    path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (a link in the path stays one)
+    try:
+        empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output folder {folder} is a file, allowed: a folder")
+    except OSError as error:
+        raise InputError(f"output folder {folder}: {error.strerror or error}") from None
+    if empty and resume:
+        raise InputError(f"output folder {folder} holds nothing to resume (leave --resume out to start there)")
+    if not empty and not (overwrite or resume):
+        raise InputError(f"output folder {folder} is not empty; --overwrite replaces it, --resume continues it")
+    if not empty and not is_result(path):
+        option = "--overwrite" if overwrite else "--resume"
+        raise InputError(f"output folder {folder} holds no result of gru; {option} leaves it alone")
+    if overwrite and not empty:
+        _refuse_precious(path, folder)
+    _check_writable(path, folder)
+    return path
+
+
+def claim(folder: Path, *, overwrite: bool, resume: bool) -> Path:
+    """Makes the output folder ready: call it last, when every other check has passed.
+
+    Without an option the folder must be missing or empty. ``overwrite`` deletes what is in it, but only where
+    it is a result of ours (:func:`is_result`); ``resume`` leaves it as it is.
+
+    Returns:
+        The absolute path of a folder that exists.
+
+    Raises:
+        InputError: as :func:`examine`.
+    """
+    path = examine(folder, overwrite=overwrite, resume=resume)
+    if overwrite and path.exists():
+        for entry in path.iterdir():  # the folder itself stays: it may be a link, or a mount
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output folder {folder}: {error.strerror or error}") from None
+    return path
+
+
+def is_result(path: Path) -> bool:
+    """Whether a run or a search wrote this folder: by the first line of its config or its journal.
+
+    A ``config.yaml`` that a user wrote by hand carries no such line, so that its folder is never deleted.
+    """
+    for name, start in (("config.yaml", HEADER.encode()), ("journal.jsonl", _JOURNAL_LINE)):
+        with contextlib.suppress(OSError), (path / name).open("rb") as file:
+            if file.read(len(start)) == start:
+                return True
+    return False
+
+
+def _refuse_precious(path: Path, folder: Path) -> None:
+    """A folder that contains the working folder or the home folder is never emptied."""
+    real = path.resolve()
+    for precious in (Path.cwd(), Path.home()):
+        if precious.resolve().is_relative_to(real):
+            raise InputError(f"output folder {folder} contains {precious}; --overwrite does not empty it")
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"output folder {folder}: {parent} cannot be written")
