@@ -26,11 +26,8 @@ def check(config: RunConfig) -> None:
             or a search over something that is no config field or leaves its range.
     """
     _check_names(config)
-    from gru_core.metrics import METRICS, check_metrics
+    from gru_core.metrics import check_metrics
 
-    for name in (*config.evaluate.metrics, config.evaluate.unlearning, config.evaluate.retention):
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
     check_metrics(config.evaluate, has_retain_model=config.retain_model is not None, benchmark=None)
     _check_search(config)
 

@@ -32,7 +32,6 @@ _QUIET = {
     "DATASETS_VERBOSITY": "error",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns about its own future
-    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 

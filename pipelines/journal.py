@@ -5,12 +5,14 @@ value and time of a metric are fixed at the moment they are written, so deliveri
 
 Lines, by ``kind``::
 
-    run       name, tags               the first line
-    params    params                   dotted config key -> scalar
-    metrics   step, time_ms, metrics   and non_finite: names whose value was not a finite number
+    run       name, tags, key, time_ms   the first line; key: a random name of its own for this run
+    params    params                     dotted config key -> scalar
+    metrics   step, time_ms, metrics     and non_finite: names whose value was not a finite number
     tags      tags
-    artifact  path                     relative to the run folder
-    status    status                   finished, collapsed, failed, non_finite, stopped
+    artifact  path                       relative to the run folder
+    status    status, time_ms            finished, collapsed, failed, non_finite, stopped
+
+Times are milliseconds since 1970, UTC.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +58,7 @@ class Journal:
             self._size = self._continue() if self.path.exists() else 0
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise StorageError(
-                f"the journal {self.path} cannot be opened: {error.strerror or error}"
-            ) from error
+            raise StorageError(f"the journal {self.path} cannot be opened: {error.strerror or error}") from error
 
     def _continue(self) -> int:
         """Reads what stands in the file, cuts a torn last line off, and returns the size that remains."""
@@ -75,7 +76,8 @@ class Journal:
     def run(self, name: str, tags: Mapping[str, str] | None = None) -> None:
         """Names the run. Written once: a resumed run keeps its first line."""
         if "run" not in self._kinds:
-            self._append({"kind": "run", "name": name, "tags": _texts(tags or {})})
+            entry: Entry = {"kind": "run", "name": name, "tags": _texts(tags or {})}
+            self._append({**entry, "key": uuid.uuid4().hex, "time_ms": _now()})
 
     def params(self, params: Mapping[str, Scalar]) -> None:
         """Parameters under dotted config names. Written once."""
@@ -89,7 +91,7 @@ class Journal:
         bad = sorted(new.keys() - finite.keys())
         if not new:
             return
-        entry: Entry = {"kind": "metrics", "step": int(step), "time_ms": time.time_ns() // 1_000_000}
+        entry: Entry = {"kind": "metrics", "step": int(step), "time_ms": _now()}
         self._append({**entry, "metrics": finite, **({"non_finite": bad} if bad else {})})
         self._seen.update((key, step) for key in new)
         self.non_finite += len(bad)
@@ -104,7 +106,7 @@ class Journal:
 
     def status(self, status: str) -> None:
         """How the run ended (the last one counts)."""
-        self._append({"kind": "status", "status": status})
+        self._append({"kind": "status", "status": status, "time_ms": _now()})
 
     def _append(self, entry: Entry) -> None:
         line = (json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n").encode()
@@ -146,6 +148,16 @@ def locate(path: str | os.PathLike[str]) -> Path:
     """The journal file of a run folder (or the file itself)."""
     path = Path(path)
     return path / NAME if path.is_dir() or path.suffix != ".jsonl" else path
+
+
+def head(path: str | os.PathLike[str]) -> Entry | None:
+    """The first line, which names the run; None where it is not written yet."""
+    try:
+        with locate(path).open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    return json.loads(line) if line.endswith(b"\n") else None
 
 
 def read(path: str | os.PathLike[str], offset: int = 0) -> tuple[list[Entry], int]:
@@ -205,9 +217,7 @@ def evaluated(metrics: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]
     and every other ``eval/`` metric under its bare name."""
     points = []
     for step, values in sorted(metrics.items()):
-        scores = {
-            key.removeprefix("eval/"): value for key, value in values.items() if key.startswith("eval/")
-        }
+        scores = {key.removeprefix("eval/"): value for key, value in values.items() if key.startswith("eval/")}
         if "unlearning" in scores and "retention" in scores:
             points.append({"step": step, **scores})
     return points
@@ -220,3 +230,7 @@ def points(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _texts(tags: Mapping[str, str]) -> dict[str, str]:
     return {str(key): str(value) for key, value in tags.items()}
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

@@ -34,11 +34,13 @@ def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
         raise InputError(f"output folder {folder}: {error.strerror or error}") from None
     if empty and resume:
         raise InputError(f"output folder {folder} holds nothing to resume (leave --resume out to start there)")
+    if not empty and not is_result(path):
+        raise InputError(
+            f"output folder {folder} is not empty, and holds no result of gru that --overwrite could replace or "
+            "--resume continue"
+        )
     if not empty and not (overwrite or resume):
         raise InputError(f"output folder {folder} is not empty; --overwrite replaces it, --resume continues it")
-    if not empty and not is_result(path):
-        option = "--overwrite" if overwrite else "--resume"
-        raise InputError(f"output folder {folder} holds no result of gru; {option} leaves it alone")
     if overwrite and not empty:
         _refuse_precious(path, folder)
     _check_writable(path, folder)
@@ -76,7 +78,8 @@ def is_result(path: Path) -> bool:
 
     A ``config.yaml`` that a user wrote by hand carries no such line, so that its folder is never deleted.
     """
-    for name, start in (("config.yaml", HEADER.encode()), ("journal.jsonl", _JOURNAL_LINE)):
+    marks = {"config.yaml": HEADER.encode(), "request.yaml": HEADER.encode(), "journal.jsonl": _JOURNAL_LINE}
+    for name, start in marks.items():
         with contextlib.suppress(OSError), (path / name).open("rb") as file:
             if file.read(len(start)) == start:
                 return True

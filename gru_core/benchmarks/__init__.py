@@ -1,4 +1,4 @@
-"""Benchmarks by name. Adding one: a file with a loader, a line in ``BENCHMARKS``, a test."""
+"""Benchmarks by name. Adding one: a file with a loader, its line in ``BENCHMARKS`` and in ``_OPTIONS``, a test."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def load_benchmark(config: BenchmarkConfig) -> Benchmark:
     check_apart(benchmark)
     if config.retain_rows is not None:
         benchmark = _first_retain_rows(benchmark, config.retain_rows)
-    sets = {"forget": benchmark.forget, "retain": benchmark.retain}
-    sets |= {f"scored {name}": rows for name, rows in benchmark.scored.items()}  # type: ignore[dict-item]
-    for name, rows in sets.items():
-        if not rows:
+    sizes = {"forget": len(benchmark.forget), "retain": len(benchmark.retain)}
+    sizes |= {f"scored {name}": len(rows) for name, rows in benchmark.scored.items()}
+    for name, size in sizes.items():
+        if not size:
             raise InputError(f"benchmark {benchmark.name}: the {name} set is empty")
     return benchmark
 
@@ -94,10 +94,7 @@ def retain_subset(benchmark: Benchmark, config: RetainConfig, seed: int) -> list
         exist += f" ({scoring} more score retention: retain.include_scored lets them in)"
     if not available:
         raise ConfigError("retain.size", config.size, f"nothing: {exist}")
-    if isinstance(config.size, float):
-        size = max(1, round(config.size * len(available)))
-    else:
-        size = config.size
+    size = max(1, round(config.size * len(available))) if isinstance(config.size, float) else config.size
     if size > len(available):
         raise ConfigError("retain.size", size, f"1 to {len(available)}: {exist}")
     random.Random(f"retain subset {seed}").shuffle(available)  # of text: the same in every process and Python

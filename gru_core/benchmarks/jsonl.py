@@ -67,10 +67,11 @@ def _read(path: Path, name: str) -> Sequence[EvalRow]:
 
 
 def _eval_row(item: Mapping[str, Any], place: str, row_id: str) -> EvalRow:
+    item = {column: value for column, value in item.items() if value is not None}  # exports write null for none
     kind = _kind(item, place)
     columns = [text_of(item, column, place) for column in FORMS[kind]]
     prompt, answer = columns if len(columns) == 2 else ("", columns[0])
-    extra = [column for column in EXTRA if item.get(column) is not None]
+    extra = [column for column in EXTRA if column in item]
     if extra and kind != "qa":
         raise InputError(f"{place}: column {extra[0]!r} goes with 'question' and 'answer' only")
     return EvalRow(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.batch import Row
+from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.errors import InputError
 
 Located = tuple[str, Mapping[str, Any]]

@@ -1,0 +1,140 @@
+"""Metrics by name, and the evaluation of a model on a benchmark. Definitions: docstring of each metric's file.
+
+A new metric is one file and one line in ``METRICS``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gru_core.benchmarks.base import Benchmark
+from gru_core.config import EvaluateConfig, ModelConfig
+from gru_core.errors import InputError, unknown
+from gru_core.metrics import (
+    exact_memorization,
+    extraction_strength,
+    forget_quality,
+    probability,
+    rouge,
+    truth_ratio,
+    utility,
+)
+from gru_core.metrics.base import AnswerScores, Evaluation, Hits, Measurements, Metric, Need, RowScores
+from gru_core.metrics.measure import measure, scored_rows
+from gru_core.metrics.trade_off import Baseline, trade_off
+from gru_core.parallel import Group
+
+__all__ = [
+    "METRICS", "AnswerScores", "Baseline", "Evaluation", "Hits", "Measurements", "Metric", "Need", "RowScores",
+    "check_metrics", "evaluate", "requested", "trade_off",
+]  # fmt: skip
+
+METRICS: dict[str, Metric] = {
+    "forget_probability": probability.forget_probability,
+    "retain_probability": probability.retain_probability,
+    "forget_rouge": rouge.forget_rouge,
+    "retain_rouge": rouge.retain_rouge,
+    "forget_truth_ratio": truth_ratio.forget_truth_ratio,
+    "retain_truth_ratio": truth_ratio.retain_truth_ratio,
+    "model_utility": utility.model_utility,
+    "forget_quality": forget_quality.metric,
+    "extraction_strength": extraction_strength.forget,
+    "retain_extraction_strength": extraction_strength.retain,
+    "exact_memorization": exact_memorization.forget,
+    "retain_exact_memorization": exact_memorization.retain,
+}
+
+
+def requested(config: EvaluateConfig) -> tuple[str, ...]:
+    """Names of all metrics that ``config`` evaluates: those listed, and the two behind the trade-off."""
+    return tuple(dict.fromkeys((*config.metrics, config.unlearning, config.retention)))
+
+
+def check_metrics(config: EvaluateConfig, has_retain_model: bool, benchmark: Benchmark | None) -> None:
+    """Refuse what cannot be evaluated, before anything is trained.
+
+    Args:
+        has_retain_model: whether the run has measurements of a model trained without the forget set.
+        benchmark: also check that it has what the metrics need; None skips that.
+
+    Raises:
+        InputError: unknown metric, metric in a role that it cannot play, no retain model, or rows or wrong
+            answers that the benchmark lacks.
+    """
+    for name in requested(config):
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+    for key, name, role in (
+        ("unlearning", config.unlearning, "forget"),
+        ("retention", config.retention, "utility"),
+    ):
+        if METRICS[name].role != role:
+            allowed = ", ".join(sorted(n for n, m in METRICS.items() if m.role == role))
+            raise InputError(f"evaluate.{key}: got {name!r}, allowed: {allowed}")
+    for name in requested(config):
+        if METRICS[name].needs_retain_model and not has_retain_model:
+            raise InputError(f"{name} compares with a model trained without the forget set: set retain_model")
+        if benchmark is not None:
+            _check_needs(name, benchmark, config.rows)
+
+
+def _check_needs(name: str, benchmark: Benchmark, rows: int | None) -> None:
+    metric = METRICS[name]
+    missing = [reason for need in metric.needs if (reason := _lacks(need, benchmark, rows))]
+    if missing and (not metric.partial or len(missing) == len(metric.needs)):
+        raise InputError(f"{name} cannot be computed on {benchmark.name}: {missing[0]}")
+
+
+def _lacks(need: Need, benchmark: Benchmark, limit: int | None) -> str | None:
+    """Why ``need`` cannot be measured on ``benchmark``, or None where it can."""
+    rows = scored_rows(benchmark, need.set, limit)
+    if not rows:
+        return f"it has no {need.set} set"
+    bare = sum(not r.perturbed for r in rows)
+    if need.kind == "truth" and bare:
+        return f"{bare} of {len(rows)} rows of its {need.set} set have no wrong (perturbed) answers"
+    return None
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    benchmark: Benchmark,
+    config: EvaluateConfig,
+    model_config: ModelConfig,
+    *,
+    group: Group | None = None,
+    reference: Measurements | None = None,
+) -> Evaluation:
+    """Score ``model``: every rank calls this with the same arguments, shares the rows, and gets the same result.
+
+    Only what the requested metrics need is measured. A diverged model gives finite scores: a token whose NLL is
+    not a number is no hit and has probability 0.
+
+    Args:
+        model: a causal LM, wrapped in DDP or not, in any mode; its mode and the random state stay as they are.
+        group: the ranks that evaluate together; None: this process alone.
+        reference: measurements of the retain model. Without them, metrics that compare with it are left out
+            with a note: so is the retain model itself evaluated.
+
+    Raises:
+        InputError: as :func:`check_metrics`; a row without an answer token within the model's length.
+    """
+    check_metrics(config, True, benchmark)
+    chosen = {name: METRICS[name] for name in requested(config)}
+    needs = dict.fromkeys(need for metric in chosen.values() for need in metric.needs)
+    present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
+    found = measure(model, tokenizer, benchmark, present, config, model_config, group or Group())
+    scores: dict[str, float] = {}
+    notes: list[str] = []
+    for name, metric in chosen.items():
+        if metric.needs_retain_model and reference is None:
+            notes.append(f"{name}: left out, there is no retain model to compare with")
+            continue
+        scores[name] = metric.compute(found, reference)
+        scores |= {extra: function(scores[name]) for extra, function in metric.derived.items()}
+    if "model_utility" in scores:
+        notes += utility.notes(found)
+    return Evaluation(scores, found, tuple(notes))

@@ -1,0 +1,121 @@
+"""Greedy generation: batched, left padding, key-value cache, rows dropped from the batch as they end.
+
+An own loop and not ``model.generate``: that one takes defaults of the model's folder along (repetition penalty,
+forced tokens), and goes on with logits that are not numbers. Shape legend: B rows, S prompt positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gru_core.errors import InputError
+
+_ENDED = -1
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Collection[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_rows: int,
+) -> list[list[int]]:
+    """Arg-max continuation of each prompt, in order; stop tokens are left out.
+
+    A row ends at a token of ``stop``, after ``max_new_tokens``, where the model's positions end, or at logits that
+    are not finite.
+
+    Raises:
+        InputError: the model has no key-value cache.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths: little padding
+    out: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_rows):
+        chosen = order[start : start + batch_rows]
+        batch = _Batch(model, [prompts[i] for i in chosen], pad_id, max_new_tokens)
+        for place, tokens in zip(chosen, batch.run(stop), strict=True):
+            out[place] = tokens
+    return out
+
+
+class _Batch:
+    """One batch on its way. ``rows`` are the places in the batch of the rows still carried along."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, max_new: int) -> None:
+        self.model, self.pad_id = model, pad_id
+        self.device = next(model.parameters()).device
+        names = inspect.signature(model.forward).parameters
+        if "past_key_values" not in names:
+            raise InputError(f"generation needs a model with a key-value cache, got {type(model).__name__}")
+        self.takes = {name for name in ("position_ids", "logits_to_keep") if name in names}
+        B, S = len(prompts), max(map(len, prompts))
+        ids_BS = torch.full((B, S), pad_id)
+        self.mask = torch.zeros((B, S + max_new), dtype=torch.int64)
+        for b, prompt in enumerate(prompts):
+            ids_BS[b, S - len(prompt) :] = torch.tensor(prompt)
+            self.mask[b, S - len(prompt) :] = 1
+        self.last_position = (getattr(model.config, "max_position_embeddings", None) or S + max_new) - 1
+        self.ids, self.mask = ids_BS.to(self.device), self.mask.to(self.device)
+        self.positions = (self.mask[:, :S].cumsum(1) - 1).clamp(min=0)
+        self.rows = torch.arange(B, device=self.device)
+        self.tokens = torch.full((B, max_new), _ENDED, device=self.device)
+        self.width = S
+        self.cache: Any = None
+
+    def run(self, stop: Collection[int]) -> list[list[int]]:
+        stops = torch.tensor(sorted(stop), device=self.device, dtype=torch.int64)
+        ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        for step in range(self.tokens.shape[1]):
+            top, token = self._next_logits().max(dim=-1)
+            token = token.masked_fill(~torch.isfinite(top), _ENDED)
+            ended |= torch.isin(token, stops) | (token == _ENDED)
+            self.tokens[self.rows, step] = token.masked_fill(ended, _ENDED)
+            # the token just made is fed at the next position, if there is one
+            ended |= self.positions[:, -1] >= self.last_position
+            count = int(ended.sum())
+            if count == len(ended):
+                break
+            self.ids = token.masked_fill(ended, self.pad_id)[:, None]
+            self.positions = (self.positions[:, -1:] + 1).clamp(max=self.last_position)
+            self.width += 1
+            if 4 * count >= len(ended):
+                ended = self._drop(ended)
+        return [_until_ended(row) for row in self.tokens.tolist()]
+
+    def _next_logits(self) -> torch.Tensor:
+        """Logits (B, V) of the next token; grows the cache by the tokens fed."""
+        options: dict[str, Any] = {"position_ids": self.positions, "logits_to_keep": 1}
+        out = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask_so_far(),
+            past_key_values=self.cache,
+            use_cache=True,
+            **{k: v for k, v in options.items() if k in self.takes},
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    def mask_so_far(self) -> torch.Tensor:
+        return self.mask[:, : self.width]
+
+    def _drop(self, ended: torch.Tensor) -> torch.Tensor:
+        """Leave the rows that ended behind: the rest is cheaper to carry on."""
+        if not hasattr(self.cache, "batch_select_indices"):
+            return ended
+        keep = (~ended).nonzero().squeeze(1)
+        self.cache.batch_select_indices(keep)
+        self.rows, self.mask, self.ids = self.rows[keep], self.mask[keep], self.ids[keep]
+        self.positions = self.positions[keep]
+        return ended[keep]
+
+
+def _until_ended(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(_ENDED)] if _ENDED in tokens else tokens

@@ -1,0 +1,29 @@
+"""ROUGE-L recall, with stemming, of the greedy generation against the answer (TOFU, arXiv 2401.06121)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from gru_core.metrics.base import Measurements, Metric, Need, mean
+
+
+@functools.cache
+def _scorer() -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l_recall(answer: str, generation: str) -> float:
+    """Longest common subsequence of words over the words of ``answer``, in [0, 1]."""
+    return float(_scorer().score(answer, generation)["rougeL"].recall)
+
+
+def rouge(measurements: Measurements, name: str) -> float:
+    """Mean over set ``name``, in [0, 1]."""
+    return mean(measurements.rouges(name))
+
+
+forget_rouge = Metric("forget", (Need("forget", "rouge"),), lambda m, _: rouge(m, "forget"))
+retain_rouge = Metric("utility", (Need("retain", "rouge"),), lambda m, _: rouge(m, "retain"))

@@ -1,0 +1,272 @@
+"""The ``gru`` command: options in, one function called, a short table or one JSON document out.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Heavy libraries are imported inside the commands, so
+that ``gru --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from gru_core.errors import InputError, unknown
+from pipelines import console, exits
+from pipelines.options import (
+    EXAMPLES,
+    AddressOption,
+    Commands,
+    ConfigOption,
+    JsonOption,
+    OutputOption,
+    OverwriteOption,
+    ResumeOption,
+    SetOption,
+    SubmitCommands,
+    TrackingOption,
+    VerboseOption,
+)
+
+if TYPE_CHECKING:
+    from gru_core.config import RunConfig
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Make a language model forget, keep the rest of it, and see what that costs.",
+    epilog="\b\nExamples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
+)  # fmt: skip
+submit_app = typer.Typer(cls=SubmitCommands, rich_markup_mode=None)
+
+
+def _command(name: str) -> dict[str, Any]:
+    return {"name": name, "epilog": f"Example: {EXAMPLES[name]}"}
+
+
+def _run(
+    as_json: bool,
+    work: Callable[[console.Say], dict[str, Any]],
+    show: Callable[[dict[str, Any]], Iterable[str]],
+) -> dict[str, Any]:
+    """Does ``work`` under a heartbeat and prints what it returns; libraries print to stderr meanwhile."""
+    if as_json:
+        with console.stdout_to_stderr(), console.Progress(sys.stderr) as say:
+            result = work(say)
+        print(json.dumps(console.plain(result)), flush=True)
+    else:
+        with console.Progress(sys.stdout) as say:
+            result = work(say)
+            for line in show(result):
+                say(line)
+    return result
+
+
+def _load(
+    source: str | None,
+    overrides: Sequence[str] | None,
+    output: str | None = None,
+    tracking_uri: str | None = None,
+) -> RunConfig:
+    """The checked config of a command line; options win over ``--set``, ``--set`` over the file."""
+    from pipelines import settings
+
+    config = settings.load(source, overrides or ())
+    options = {"output.dir": output, "track.uri": tracking_uri}
+    config = settings.with_values(config, {key: value for key, value in options.items() if value is not None})
+    settings.check(config)
+    return config
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Make a language model forget, keep the rest of it, and see what that costs."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("gru-unlearning"))
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@app.command(**_command("demo"))
+def demo(
+    overrides: SetOption = None, output: OutputOption = None, tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Search the trade-off on built-in data, in minutes."""
+    console.quiet(verbose)
+    from pipelines import demo as module
+
+    _run(as_json, lambda say: module.run(overrides or (), output, tracking_uri, say=say), module.lines)
+
+
+@app.command(**_command("doctor"))
+def doctor(
+    address: AddressOption = None, tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """What is installed and reachable, with fixes."""
+    console.quiet(verbose)
+    from pipelines import doctor as module
+
+    result = _run(as_json, lambda say: module.run(address=address, tracking_uri=tracking_uri), module.lines)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command(**_command("prepare"))
+def prepare(
+    source: ConfigOption = None, overrides: SetOption = None, as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Make and cache the target and the retain model."""
+    console.quiet(verbose)
+
+    def work(say: console.Say) -> dict[str, Any]:
+        config = _load(source, overrides)
+        from pipelines import prepare as module
+
+        made = module.run(config, say=say)
+        return {"target": str(made.target), "retain": str(made.retain), "cached": made.cached}
+
+    from pipelines import report
+
+    _run(as_json, work, report.prepared)
+
+
+@app.command(**_command("unlearn"))
+def unlearn(
+    source: ConfigOption = None, overrides: SetOption = None, output: OutputOption = None,
+    overwrite: OverwriteOption = False, resume: ResumeOption = False, tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """One run: a model that forgot, and its scores."""
+    console.quiet(verbose)
+
+    def work(say: console.Say) -> dict[str, Any]:
+        config = _load(source, overrides, output, tracking_uri)
+        from pipelines import unlearn as module
+
+        return module.run(config, overwrite=overwrite, resume=resume, say=say)
+
+    from pipelines import report
+
+    if _run(as_json, work, report.run)["status"] == "failed":
+        raise typer.Exit(1)
+
+
+@app.command(**_command("search"))
+def search(
+    source: ConfigOption = None, overrides: SetOption = None, output: OutputOption = None,
+    overwrite: OverwriteOption = False, resume: ResumeOption = False, tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Many runs: the frontier of forgetting and keeping."""
+    console.quiet(verbose)
+
+    def work(say: console.Say) -> dict[str, Any]:
+        config = _load(source, overrides, output, tracking_uri)
+        from pipelines import search as module
+
+        return module.run(config, overwrite=overwrite, resume=resume, say=say)
+
+    from pipelines import report
+
+    _run(as_json, work, report.search)
+
+
+@app.command(**_command("frontier"))
+def frontier(
+    study: Annotated[str, typer.Argument(metavar="SEARCH", help="Output folder or MLflow run id of a search.")],
+    tracking_uri: TrackingOption = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Where the files go.")] = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """A search's table and pictures, from its tracked runs."""
+    console.quiet(verbose)
+
+    def work(say: console.Say) -> dict[str, Any]:
+        from pipelines import frontier as module
+
+        out = Path(output) if output is not None else None
+        return module.build(study, tracking_uri=tracking_uri, out=out, say=say)
+
+    from pipelines import report
+
+    _run(as_json, work, report.search)
+
+
+@submit_app.callback(invoke_without_command=True, epilog=f"Example: {EXAMPLES['submit']}")
+def submit(
+    ctx: typer.Context, address: AddressOption = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the log.")] = False,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Any of these as a job on a running Ray cluster."""
+    console.quiet(verbose)
+    if ctx.invoked_subcommand is None:
+        raise InputError(f"submit: no command given, expected such as: {EXAMPLES['submit']}")
+    ctx.obj = {"address": address, "wait": not no_wait, "json": as_json}
+
+
+@submit_app.command("run", hidden=True, context_settings={"allow_interspersed_args": False})
+def submit_run(ctx: typer.Context, arguments: Annotated[list[str], typer.Argument(metavar="COMMAND ...")]) -> None:
+    """Submits the command line that follows."""
+    remote = ("demo", "doctor", "prepare", "unlearn", "search", "frontier")
+    if arguments[0] not in remote:
+        raise unknown("command for a job", arguments[0], remote)
+    from pipelines import jobs, report
+
+    given = ctx.obj
+    _run(
+        given["json"],
+        lambda say: jobs.submit(arguments, address=given["address"], wait=given["wait"], say=say),
+        report.job,
+    )
+
+
+@submit_app.command("status", epilog="Example: gru submit status raysubmit_123")
+def submit_status(ctx: typer.Context, job: str, address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """How a job is doing."""
+    from pipelines import jobs, report
+
+    address = address or ctx.obj["address"]
+    _run(as_json or ctx.obj["json"], lambda say: jobs.status(job, address=address), report.job)
+
+
+@submit_app.command("stop", epilog="Example: gru submit stop raysubmit_123")
+def submit_stop(ctx: typer.Context, job: str, address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """Stop a job."""
+    from pipelines import jobs, report
+
+    address = address or ctx.obj["address"]
+    _run(as_json or ctx.obj["json"], lambda say: jobs.stop(job, address=address), report.job)
+
+
+app.add_typer(submit_app, name="submit")
+
+
+@app.command(**_command("ui"))
+def ui(
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 5000,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    tracking_uri: TrackingOption = None, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """MLflow in the browser, over the recorded runs."""
+    console.quiet(verbose)
+    from pipelines import ui as module
+
+    module.run(tracking_uri=tracking_uri, host=host, port=port, say=print)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: runs one command and exits with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    exits.guarded(lambda: typer.main.get_command(app).main(given, prog_name="gru", standalone_mode=False))

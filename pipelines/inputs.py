@@ -1,0 +1,109 @@
+"""What a run reads before its first step: model, tokenizer, tokenised rows, scores of the two end points."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gru_core import models
+from gru_core.batch import Row, TokenRow, encode
+from gru_core.benchmarks import load_benchmark
+from gru_core.benchmarks.base import Benchmark
+from gru_core.config import ModelConfig, RunConfig
+from gru_core.metrics import Baseline, Evaluation, evaluate
+from gru_core.parallel import Group
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Inputs that all trials of a search have in common; picklable, weights as arrays without copies.
+
+    Attributes:
+        packed: the starting model, as :func:`gru_core.models.pack_weights` gives it.
+        forget: tokenised forget set.
+        retain: tokenised retain set, scored rows included (the retain subset chooses among them).
+        baseline: scores of starting model and retain model, or None before they are measured.
+    """
+
+    packed: tuple[str, dict[str, Any]]
+    tokenizer: Any
+    benchmark: Benchmark
+    forget: tuple[TokenRow, ...]
+    retain: tuple[TokenRow, ...]
+    baseline: Baseline | None = None
+
+    def model(self, config: ModelConfig) -> nn.Module:
+        """A fresh copy of the starting model."""
+        return models.unpack_weights(self.packed, config)
+
+    def with_baseline(self, baseline: Baseline) -> Shared:
+        return replace(self, baseline=baseline)
+
+
+def tokenise(tokenizer: Any, rows: tuple[Row, ...], model: nn.Module, config: ModelConfig) -> tuple[TokenRow, ...]:
+    """Rows as tokens, with the template and the length limit of the model."""
+    limit = models.max_length(model)
+    return tuple(encode(tokenizer, row, limit, config.system_prompt, config.chat_date) for row in rows)
+
+
+def load(config: RunConfig) -> Shared:
+    """Read model, tokenizer and benchmark; ``model.path`` must not be ``prepared`` any more.
+
+    Raises:
+        InputError: anything that cannot be read, by name.
+    """
+    benchmark = load_benchmark(config.benchmark)
+    tokenizer = models.load_tokenizer(config.model.path)
+    model = models.load_model(config.model.path, config.model)
+    return Shared(
+        packed=models.pack_weights(model),
+        tokenizer=tokenizer,
+        benchmark=benchmark,
+        forget=tokenise(tokenizer, benchmark.forget, model, config.model),
+        retain=tokenise(tokenizer, benchmark.retain, model, config.model),
+    )
+
+
+def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baseline:
+    """Scores of the starting model and, where there is one, of the retain model, on all ranks of ``group``."""
+    retain: Evaluation | None = None
+    if config.retain_model is not None:
+        other = models.load_model(config.retain_model, config.model, "retain_model").to(group.device)
+        tokenizer = models.load_tokenizer(config.retain_model, "retain_model")
+        without_quality = replace(
+            config.evaluate, metrics=tuple(m for m in config.evaluate.metrics if m != "forget_quality")
+        )
+        # The reference of forget quality is the retain model itself: its truth ratios are measured here.
+        needs = "forget_quality" in config.evaluate.metrics
+        settings = replace(
+            without_quality, metrics=(*without_quality.metrics, *(("forget_truth_ratio",) if needs else ()))
+        )
+        retain = evaluate(other, tokenizer, shared.benchmark, settings, config.model, group=group)
+        del other
+    reference = retain.measurements if retain else None
+    start_model = shared.model(config.model).to(group.device)
+    start = evaluate(
+        start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group, reference=reference
+    )
+    return Baseline(start, retain)
+
+
+def store_baseline(baseline: Baseline, file: Path) -> None:
+    """Numbers and ids only, for a resumed run and for whoever reads the folder."""
+    document = {"start": baseline.start.to_json(), "retain": baseline.retain.to_json() if baseline.retain else None}
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(document))
+    part.rename(file)
+
+
+def read_baseline(file: Path) -> Baseline | None:
+    """What :func:`store_baseline` wrote, or None."""
+    if not file.exists():
+        return None
+    document = json.loads(file.read_text())
+    retain = document["retain"]
+    return Baseline(Evaluation.from_json(document["start"]), Evaluation.from_json(retain) if retain else None)

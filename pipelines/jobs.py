@@ -1,0 +1,203 @@
+"""A gru command as a Ray job: checked here, checked there, sent, followed, stopped.
+
+Parts: ``request`` understands the command line, ``cluster`` connects, ``package`` packs, ``preflight`` asks the
+cluster what it can reach (``probe`` answers there), ``joblog`` follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shlex
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cluster as clusters
+from pipelines import joblog, preflight
+from pipelines import package as packages
+from pipelines.cluster import Cluster
+from pipelines.request import Request, check_data, parse
+from pipelines.stores import hide
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.job.pydantic_models import JobDetails
+
+Say = Callable[[str], None]
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often reports are collected: a killed worker loses less
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""All that a job is given; secrets must be in the environment of the cluster's own processes."""
+STOP_S = 60.0
+"""Longest wait for a stopped job to end."""
+
+
+def submit(arguments: list[str], *, address: str | None, wait: bool, say: Say) -> dict[str, Any]:
+    """Runs a gru command as a job on a running cluster.
+
+    Args:
+        arguments: the command line, such as ``["search", "-c", "study.yaml"]``.
+        address: URL of the cluster's dashboard; None: the environment's, else this machine's.
+        wait: follow the log until the job has ended. Ctrl-C then leaves the job alone.
+
+    Returns:
+        What :func:`status` returns, with ``model`` (where the result lies), ``tracking_uri``, ``experiment`` and,
+        for a followed command with ``--json``, its document as ``result``.
+
+    Raises:
+        InputError: bad input, or a cluster that cannot be reached, refuses, or cannot do this job.
+        RuntimeError: the followed job failed or was stopped.
+    """
+    request = parse(arguments)
+    check_data(request)
+    cluster = clusters.connect(address)
+    job = _send(cluster, request, say)
+    if not wait:
+        for line in _how(cluster, job):
+            say(line)
+        return _result(cluster, request, job)
+    return _follow(cluster, job, say, request)
+
+
+def _send(cluster: Cluster, request: Request, say: Say) -> str:
+    """Packs, asks the cluster, submits; returns the job's id."""
+    command, config = request.command, request.config
+    with tempfile.TemporaryDirectory(prefix="gru-submit-") as name:
+        package = packages.build(config, Path(name))
+        inputs = f", {len(package.uploaded)} inputs" if package.uploaded else ""
+        say(f"package: code, config{inputs}, {package.size / 2**20:.1f} MiB (limit {packages.LIMIT / 2**20:.0f})")
+        output = Path(config.output.dir) if command != "prepare" else None
+        plan = preflight.Plan(
+            output=output,
+            shared_output=request.shared_output,
+            tracking=str(config.track.uri),
+            overwrite="--overwrite" in request.flags,
+            resume="--resume" in request.flags,
+            every_node=command == "search" or config.train.workers > 0,
+        )
+        say(f"asking the cluster at {cluster.address} what it can reach")
+        answer = preflight.check(cluster, package, plan, ENVIRONMENT)
+        words = " ".join([shlex.quote(answer.python), "-m pipelines", command, "-c config.yaml"])
+        entrypoint = f"exec {words}{package.overrides()}{''.join(f' {flag}' for flag in request.flags)}"
+        metadata = {"gru.command": command, "gru.tracking_uri": hide(plan.tracking)}
+        if output:
+            metadata["gru.output"] = str(output)
+        job = start(cluster, entrypoint, package.folder, metadata, name=command)
+    say(f"submitted {job} to {cluster.address} ({answer.nodes} {'node' if answer.nodes == 1 else 'nodes'})")
+    if output and not answer.shared:
+        say(f"results stay on the cluster: {output} is not shared with this machine")
+    return job
+
+
+def start(cluster: Cluster, entrypoint: str, folder: Path, metadata: dict[str, str], *, name: str) -> str:
+    """Submits a shell command that runs in a copy of ``folder``; returns the job's id."""
+    return cluster.client.submit_job(
+        entrypoint=entrypoint,
+        submission_id=f"gru-{name}-{secrets.token_hex(4)}",
+        runtime_env={"working_dir": str(folder), "env_vars": dict(ENVIRONMENT)},
+        metadata=metadata,
+    )
+
+
+def _how(cluster: Cluster, job: str) -> list[str]:
+    where = f"--address {cluster.address}"
+    return [
+        f"{job} runs on its own now",
+        f"  how it is doing: gru submit status {job} {where}",
+        f"  its log:         ray job logs --follow {job} {where}",
+        f"  stop it:         gru submit stop {job} {where}",
+    ]
+
+
+def _result(cluster: Cluster, request: Request, job: str) -> dict[str, Any]:
+    config = request.config
+    output = config.output.dir
+    model = {"unlearn": f"{output}/model", "search": f"{output}/trials"}.get(request.command)
+    return {
+        **_describe(cluster, clusters.details(cluster, job)),
+        "model": model,
+        "tracking_uri": hide(str(config.track.uri)),
+        "experiment": config.track.experiment,
+    }
+
+
+def _follow(cluster: Cluster, job: str, say: Say, request: Request) -> dict[str, Any]:
+    """Says the log until the job has ended; Ctrl-C leaves it running."""
+    log = joblog.Log(say)
+    try:
+        found = asyncio.run(joblog.stream(cluster, job, log))
+    except KeyboardInterrupt:
+        for line in _how(cluster, job):
+            say(line)
+        return _result(cluster, request, job)
+    joblog.finish(found, log)
+    result = _result(cluster, request, job)
+    if "--json" in request.flags:
+        result["result"] = log.document()
+    return result
+
+
+def status(job_id: str, *, address: str | None) -> dict[str, Any]:
+    """State, times (UTC), entry point and message of a job.
+
+    Raises:
+        InputError: no such job, or a cluster that cannot be reached or refuses.
+    """
+    cluster = clusters.connect(address)
+    return _describe(cluster, clusters.details(cluster, job_id))
+
+
+def stop(job_id: str, *, address: str | None) -> dict[str, Any]:
+    """Asks a job to end and waits until it has; ``stopped`` tells whether it was still running.
+
+    Raises:
+        InputError: as :func:`status`.
+        RuntimeError: it still runs after ``STOP_S`` seconds.
+    """
+    cluster = clusters.connect(address)
+    clusters.details(cluster, job_id)
+    asked = cluster.client.stop_job(job_id)
+    deadline = time.monotonic() + STOP_S
+    while not (found := clusters.details(cluster, job_id)).status.is_terminal():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{job_id} was asked to stop {STOP_S:.0f} s ago and still runs")
+        time.sleep(0.2)
+    return {**_describe(cluster, found), "stopped": asked and found.status.value == "STOPPED"}
+
+
+def _describe(cluster: Cluster, found: JobDetails) -> dict[str, Any]:
+    data = found.metadata or {}
+    return {
+        "job": found.submission_id,
+        "status": found.status.value,
+        "message": hide(_last_line(found.message or "")),
+        "command": data.get("gru.command"),
+        "output": data.get("gru.output"),
+        "tracking_uri": data.get("gru.tracking_uri"),
+        "entrypoint": found.entrypoint,
+        "start": _moment(found.start_time),
+        "end": _moment(found.end_time),
+        "exit_code": found.driver_exit_code,
+        "address": cluster.address,
+    }
+
+
+def _moment(milliseconds: int | None) -> str | None:
+    if not milliseconds:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+
+
+def _last_line(message: str) -> str:
+    """Of a failed job's message, which holds the end of its log, the line that says why."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

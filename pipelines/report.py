@@ -1,0 +1,92 @@
+"""Results as lines for people; ``--json`` prints the same documents whole."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gru_core.config import TrackConfig
+from pipelines.stores import hide, resolve_uri
+
+
+def prepared(document: Mapping[str, Any]) -> list[str]:
+    """Where target and retain model lie."""
+    made = "reused from the cache" if document["cached"] else "trained"
+    return [f"target model: {document['target']} ({made})", f"retain model: {document['retain']} ({made})"]
+
+
+def run(document: Mapping[str, Any]) -> list[str]:
+    """Scores of one run, step by step, and where its model is."""
+    lines = [f"run {document['run']}: {document['status']} after {document['steps']} steps"]
+    lines += table(document["points"], ("step", "unlearning", "retention"))
+    lines += [f"{name}: {number(value)}" for name, value in sorted(document["scores"].items())]
+    if document.get("model"):
+        lines.append(f"model: {document['model']}")
+    return [*lines, f"browse it: {open_mlflow(document['tracking_uri'])}"]
+
+
+def search(document: Mapping[str, Any]) -> list[str]:
+    """Frontier points, hypervolumes, pictures, and the command that opens MLflow."""
+    points = document["frontier"]
+    first = [name for name in ("family", "unlearning", "retention", "trial", "step") if any(name in p for p in points)]
+    lines = [f"frontier of {document['search']}: {len(points)} points", *table(points, first, varied(points))]
+    lines.append("hypervolume (reference point 0, 0; larger is better):")
+    for family, value in sorted(document["hypervolume"].items(), key=lambda item: -item[1]):
+        lines.append(f"  {family:<12} {number(value)}")
+    lines += [f"{name}: {path}" for name, path in document["artifacts"].items()]
+    return [*lines, f"browse it: {open_mlflow(document['tracking_uri'])}"]
+
+
+def job(document: Mapping[str, Any]) -> list[str]:
+    """A job as the cluster describes it."""
+    return [f"{name}: {value}" for name, value in document.items() if value is not None]
+
+
+def varied(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names under ``params`` whose value differs between points: the ones worth a column."""
+    names = dict.fromkeys(name for point in points for name in point.get("params", {}))
+    return [name for name in names if len({str(point.get("params", {}).get(name)) for point in points}) > 1]
+
+
+def table(points: Sequence[Mapping[str, Any]], columns: Sequence[str], params: Sequence[str] = ()) -> list[str]:
+    """Aligned rows under their column names; nothing where there are no points."""
+    if not points:
+        return []
+    rows = [[*columns, *params]]
+    for point in points:
+        given = point.get("params", {})
+        rows.append([number(point.get(name)) for name in columns] + [number(given.get(name)) for name in params])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def number(value: object) -> str:
+    """Four significant digits; nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def open_mlflow(uri: str) -> str:
+    """What opens MLflow over this store from the working folder."""
+    if uri.startswith(("http://", "https://")):
+        return hide(uri)
+    if uri == resolve_uri(TrackConfig()):
+        return "gru ui"
+    return f"gru ui --tracking-uri {shlex.quote(uri)}"
+
+
+def best(hypervolume: Mapping[str, float], trials: int, families: Iterable[str]) -> str:
+    """One sentence: does rectification help here? Computed from the hypervolumes, whatever they are."""
+    ours = hypervolume["rectified"]
+    rivals = {name: hypervolume[name] for name in families if name != "rectified"}
+    shown = " and ".join(f"{name} {number(value)}" for name, value in rivals.items())
+    budget = f"equal budgets of {trials} trials each, one seed"
+    ahead = [name for name, value in rivals.items() if not ours > value]
+    if not ahead:
+        return f"Rectification helps here: hypervolume {number(ours)} against {shown} ({budget})."
+    return (
+        f"Rectification does not win here: its hypervolume {number(ours)} is not above that of "
+        f"{' and '.join(ahead)} (families: {shown}; {budget})."
+    )

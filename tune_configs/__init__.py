@@ -1,0 +1,1 @@
+"""Shipped studies, one YAML file each: ``gru search -c NAME`` finds them from any folder."""
