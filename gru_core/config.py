@@ -257,9 +257,9 @@ class PrepareConfig:
     layers: int = 2
     heads: int = 4
     intermediate: int = 256
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 32
-    lr: float = 3e-3
+    lr: float = 1e-2
     warmup: int = 20
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     weight_decay: float = 0.01

@@ -12,11 +12,6 @@ from typing import Any
 from gru_core.config import RunConfig
 from gru_core.errors import ConfigError, InputError, unknown
 
-NOT_SEARCHED = ("search", "track", "output", "evaluate", "prepare", "benchmark", "retain_model")
-"""Sections that are one for the whole study: its trials are comparable only then."""
-DEFAULT_FAMILIES = 3
-"""plain, sum and rectified, where a config names no families."""
-
 
 def check(config: RunConfig) -> None:
     """Checks every name against its registry, the metrics, and the search space; loads no data and no model.
@@ -50,8 +45,10 @@ def _check_names(config: RunConfig) -> None:
 
 def _check_search(config: RunConfig) -> None:
     search = config.search
-    families = len(search.families) or DEFAULT_FAMILIES
-    if search.trials % families:
+    from pipelines.space import DEFAULT_FAMILIES
+
+    families = len(search.families or DEFAULT_FAMILIES)
+    if search.sampler != "grid" and search.trials % families:
         raise ConfigError("search.trials", search.trials, f"a multiple of {families}, the number of families")
     for key, dimension in search.space.items():
         _check_dimension(config, "search.space", key, dimension)
@@ -68,9 +65,12 @@ def _check_search(config: RunConfig) -> None:
 
 
 def _check_key(where: str, key: str) -> None:
+    """A config field in which trials may differ: they share model, data, evaluation and resources."""
     from pipelines.settings import keys
+    from pipelines.space import SEARCHED
 
-    valid = [name for name in keys() if name.split(".")[0] not in NOT_SEARCHED]
+    varying = ("train.seed", "train.micro_batch")
+    valid = [name for name in keys() if name.split(".")[0] in SEARCHED or name in varying]
     if key not in valid:
         raise unknown(f"key in {where}", key, valid)
 

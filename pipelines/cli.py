@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gru_core.errors import InputError, unknown
+from gru_core.errors import InputError
 from pipelines import console, exits
 from pipelines.options import (
     EXAMPLES,
     AddressOption,
     Commands,
     ConfigOption,
+    JobArgument,
     JsonOption,
     OutputOption,
     OverwriteOption,
+    PortOption,
     ResumeOption,
     SetOption,
     SubmitCommands,
@@ -187,6 +189,7 @@ def frontier(
     study: Annotated[str, typer.Argument(metavar="SEARCH", help="Output folder or MLflow run id of a search.")],
     tracking_uri: TrackingOption = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Where the files go.")] = None,
+    sync: Annotated[bool, typer.Option("--sync", help="Deliver local records that MLflow lacks first.")] = False,
     as_json: JsonOption = False, verbose: VerboseOption = False,
 ) -> None:  # fmt: skip
     """A search's table and pictures, from its tracked runs."""
@@ -196,7 +199,7 @@ def frontier(
         from pipelines import frontier as module
 
         out = Path(output) if output is not None else None
-        return module.build(study, tracking_uri=tracking_uri, out=out, say=say)
+        return module.build(study, tracking_uri=tracking_uri, out=out, sync=sync, say=say)
 
     from pipelines import report
 
@@ -219,9 +222,6 @@ def submit(
 @submit_app.command("run", hidden=True, context_settings={"allow_interspersed_args": False})
 def submit_run(ctx: typer.Context, arguments: Annotated[list[str], typer.Argument(metavar="COMMAND ...")]) -> None:
     """Submits the command line that follows."""
-    remote = ("demo", "doctor", "prepare", "unlearn", "search", "frontier")
-    if arguments[0] not in remote:
-        raise unknown("command for a job", arguments[0], remote)
     from pipelines import jobs, report
 
     given = ctx.obj
@@ -233,7 +233,9 @@ def submit_run(ctx: typer.Context, arguments: Annotated[list[str], typer.Argumen
 
 
 @submit_app.command("status", epilog="Example: gru submit status raysubmit_123")
-def submit_status(ctx: typer.Context, job: str, address: AddressOption = None, as_json: JsonOption = False) -> None:
+def submit_status(
+    ctx: typer.Context, job: JobArgument, address: AddressOption = None, as_json: JsonOption = False
+) -> None:
     """How a job is doing."""
     from pipelines import jobs, report
 
@@ -242,7 +244,9 @@ def submit_status(ctx: typer.Context, job: str, address: AddressOption = None, a
 
 
 @submit_app.command("stop", epilog="Example: gru submit stop raysubmit_123")
-def submit_stop(ctx: typer.Context, job: str, address: AddressOption = None, as_json: JsonOption = False) -> None:
+def submit_stop(
+    ctx: typer.Context, job: JobArgument, address: AddressOption = None, as_json: JsonOption = False
+) -> None:
     """Stop a job."""
     from pipelines import jobs, report
 
@@ -255,7 +259,7 @@ app.add_typer(submit_app, name="submit")
 
 @app.command(**_command("ui"))
 def ui(
-    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 5000,
+    port: PortOption = 5000,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     tracking_uri: TrackingOption = None, verbose: VerboseOption = False,
 ) -> None:  # fmt: skip

@@ -7,14 +7,16 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any, cast
 
 from gru_core.errors import InputError
 from pipelines.cluster import Cluster, details
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
+
+Say = Callable[[str], None]
 
 LOST_S = 60.0
 """How long a cluster may be out of reach while its log is followed."""
@@ -99,7 +101,8 @@ async def stream(cluster: Cluster, job: str, log: Log) -> JobDetails:
 async def _tail(cluster: Cluster, job: str, log: Log) -> None:
     """One connection's worth of log. A peer that has silently gone is noticed by asking for the job's state."""
     position = 0
-    async with contextlib.aclosing(cluster.client.tail_job_logs(job)) as pieces:
+    stream = cast(AsyncGenerator[str, None], cluster.client.tail_job_logs(job))
+    async with contextlib.aclosing(stream) as pieces:
         while True:
             piece = asyncio.ensure_future(anext(pieces, None))
             try:

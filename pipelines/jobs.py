@@ -79,18 +79,19 @@ def _send(cluster: Cluster, request: Request, say: Say) -> str:
         plan = preflight.Plan(
             output=output,
             shared_output=request.shared_output,
-            tracking=str(config.track.uri),
+            tracking=str(config.track.uri) if output else "",  # prepare records nothing
             overwrite="--overwrite" in request.flags,
             resume="--resume" in request.flags,
             every_node=command == "search" or config.train.workers > 0,
+            cache=config.train.workers > 0 and "prepared" in (config.model.path, config.retain_model),
         )
         say(f"asking the cluster at {cluster.address} what it can reach")
         answer = preflight.check(cluster, package, plan, ENVIRONMENT)
         words = " ".join([shlex.quote(answer.python), "-m pipelines", command, "-c config.yaml"])
         entrypoint = f"exec {words}{package.overrides()}{''.join(f' {flag}' for flag in request.flags)}"
-        metadata = {"gru.command": command, "gru.tracking_uri": hide(plan.tracking)}
+        metadata = {"gru.command": command}
         if output:
-            metadata["gru.output"] = str(output)
+            metadata |= {"gru.output": str(output), "gru.tracking_uri": hide(plan.tracking)}
         job = start(cluster, entrypoint, package.folder, metadata, name=command)
     say(f"submitted {job} to {cluster.address} ({answer.nodes} {'node' if answer.nodes == 1 else 'nodes'})")
     if output and not answer.shared:
@@ -119,15 +120,12 @@ def _how(cluster: Cluster, job: str) -> list[str]:
 
 
 def _result(cluster: Cluster, request: Request, job: str) -> dict[str, Any]:
-    config = request.config
-    output = config.output.dir
-    model = {"unlearn": f"{output}/model", "search": f"{output}/trials"}.get(request.command)
-    return {
-        **_describe(cluster, clusters.details(cluster, job)),
-        "model": model,
-        "tracking_uri": hide(str(config.track.uri)),
-        "experiment": config.track.experiment,
-    }
+    found = _describe(cluster, clusters.details(cluster, job))
+    if request.command == "prepare":  # its log tells where the two models are
+        return found
+    output = request.config.output.dir
+    model = f"{output}/model" if request.command == "unlearn" else f"{output}/trials"
+    return {**found, "model": model, "experiment": request.config.track.experiment}
 
 
 def _follow(cluster: Cluster, job: str, say: Say, request: Request) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ class Journal:
             while done < len(line):
                 done += self._file.write(line[done:]) or 0
         except OSError as error:
-            os.truncate(self.path, self._size)  # a half-written line would swallow the next one
+            with suppress(OSError):  # a half-written line would swallow the next one
+                os.truncate(self.path, self._size)
             reason = error.strerror or str(error)
             raise StorageError(f"the journal {self.path} cannot be written: {reason}") from error
         self._size += len(line)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gru_core.errors import unknown
+from gru_core.errors import ConfigError, unknown
 
 EXAMPLES = {
     "demo": "gru demo",
@@ -61,3 +61,17 @@ VerboseOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option("--address", metavar="URL", help="Ray cluster; default: RAY_ADDRESS.")
 ]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed.")]
+
+
+def _port(text: str | int) -> int:
+    try:
+        port = int(text)
+    except ValueError:
+        port = 0
+    if not 1 <= port <= 65535:
+        raise ConfigError("--port", text, "1 to 65535")
+    return port
+
+
+PortOption = Annotated[int, typer.Option("--port", metavar="N", parser=_port, help="Port to listen on.")]

@@ -44,8 +44,8 @@ def stairs(points: Points) -> tuple[list[float], list[float]]:
 def labels(document: Mapping[str, Any]) -> tuple[str, str]:
     """Axis titles, with the metrics behind the two scores."""
     names = {key: str(value).replace("_", " ") for key, value in document["axes"].items()}
-    tails = {key: f", from {name}" if name != key else "" for key, name in names.items()}
-    return (f"unlearning (1 = forgotten{tails['unlearning']})", f"retention (1 = as before{tails['retention']})")
+    heads = {key: f"{key}, from {name}" if name != key else key for key, name in names.items()}
+    return f"{heads['unlearning']} (1 = forgotten)", f"{heads['retention']} (1 = as before)"
 
 
 def legend(family: str, row: Mapping[str, Any]) -> str:
@@ -79,7 +79,9 @@ def png(document: Mapping[str, Any], points: Points, path: Path) -> None:
         axes.scatter(*spot, s=190, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=5, label=_knee(knee))
     across, up = labels(document)
     axes.set(xlabel=across, ylabel=up, xlim=(-0.02, 1.03), ylim=(-0.02, 1.05))
-    axes.set_title(f"Forgetting against retention: {document['search']}", loc="left", color=INK, fontsize=12)
+    warning = "" if document["comparable"] else "\nbudgets differ: hypervolumes not comparable"
+    title = f"Forgetting against retention: {document['search']}{warning}"
+    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
     axes.grid(color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -166,9 +168,12 @@ def short(value: object) -> str:
 
 def family_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: budget, points and hypervolume of each family."""
-    keys = ["trials", "collapsed", "incomplete", "points", "on_frontier", "hypervolume"]
-    rows = [[family, *(short(row[key]) for key in keys)] for family, row in document["families"].items()]
-    return ["family", *(key.replace("_", " ") for key in keys)], rows
+    keys = ["trials", "collapsed", "incomplete", "points", "on_frontier"]
+    rows = [
+        [family, *(str(row[key]) for key in keys), f"{row['hypervolume']:.3f}"]
+        for family, row in document["families"].items()
+    ]
+    return ["family", *(key.replace("_", " ") for key in keys), "hypervolume"], rows
 
 
 def frontier_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -187,7 +192,10 @@ def frontier_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 def _rows(header: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = ""
+    for row in rows:
+        mark = ' class="knee"' if row[0].endswith("(knee)") else ""
+        body += f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -220,6 +228,7 @@ p {{ margin: .2rem 0 1rem; color: #555; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
 th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }}
+.knee td {{ font-weight: 600; }}
 </style></head><body>
 <h1>Forgetting against retention: {title}</h1>
 <p>Each mark is one evaluated step of one trial. Large marks lie on their family's frontier, whose line bounds the

@@ -46,8 +46,9 @@ class Plan:
     Attributes:
         output: absolute output folder; None where the command writes none.
         shared_output: it was given as a relative path, so it has to be the client's own folder.
-        tracking: resolved tracking URI.
+        tracking: resolved tracking URI; empty where the command records nothing.
         every_node: the command uses all nodes, not the head alone.
+        cache: workers on other nodes read the prepared models that the head keeps in its cache.
     """
 
     output: Path | None
@@ -56,6 +57,7 @@ class Plan:
     overwrite: bool = False
     resume: bool = False
     every_node: bool = True
+    cache: bool = False
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
@@ -95,6 +97,7 @@ def check(cluster: Cluster, package: Package, plan: Plan, env_vars: dict[str, st
             "tracking": plan.tracking,
             "writes": [str(path) for path in (plan.output, database.parent if database else None) if path],
             "every_node": plan.every_node,
+            "cache": plan.cache,
         }
         (package.folder / "preflight.json").write_text(json.dumps(spec), encoding="utf-8")
         report = _run(cluster, package, plan.nonce, env_vars)
@@ -155,7 +158,6 @@ def _run(cluster: Cluster, package: Package, nonce: str, env_vars: dict[str, str
     try:
         while not (status := client.get_job_status(job)).is_terminal():
             if time.monotonic() > deadline:
-                client.stop_job(job)
                 raise InputError(
                     f"the cluster at {cluster.address} did not answer the check within {START_S:.0f} s; "
                     f"is it starting up or out of memory? ({status.value.lower()})"
@@ -166,7 +168,9 @@ def _run(cluster: Cluster, package: Package, nonce: str, env_vars: dict[str, str
             last = ((client.get_job_info(job).message or "").strip().splitlines() or ["no message"])[-1]
             raise InputError(f"the cluster at {cluster.address} could not run the check: {hide(last)}")
     finally:
-        with contextlib.suppress(Exception):  # the list of jobs is a courtesy, never a reason to fail
+        with contextlib.suppress(Exception):  # the cluster's list of jobs is no reason to fail
+            if not client.get_job_status(job).is_terminal():
+                client.stop_job(job)
             client.delete_job(job)
     report: dict[str, Any] = json.loads(found[-1].removeprefix(MARK))
     return report
@@ -184,6 +188,7 @@ def judge(report: dict[str, Any], plan: Plan, remote: Sequence[Input], marks: di
             raise InputError(f"node {node['node']} of the cluster does not run tasks ({node['silent']})")
         _judge_node(node, f"node {node['node']}", remote)
     _judge_output(report, plan, marks)
+    _judge_cache(report)
     _judge_tracking(report, plan, marks)
 
 
@@ -226,8 +231,18 @@ def _judge_output(report: dict[str, Any], plan: Plan, marks: dict[str, str]) -> 
     if report["output"]:
         raise InputError(f"on the cluster: {report['output']}")
     for node in report["nodes"]:
-        if node["unseen"]:
+        if str(plan.output) in node["unseen"]:
             raise InputError(f"output.dir: node {node['node']} does not see {plan.output} of the head; {fix}")
+
+
+def _judge_cache(report: dict[str, Any]) -> None:
+    cache = report["cache"]
+    fix = "start the cluster's Ray with GRU_CACHE set to a folder that all nodes share"
+    if error := report["unwritable"].get(cache):
+        raise InputError(f"prepared models: the cluster's head cannot write {cache} ({error}); {fix}")
+    for node in report["nodes"]:
+        if cache in node["unseen"]:
+            raise InputError(f"prepared models: node {node['node']} does not see {cache} of the head; {fix}")
 
 
 def _judge_tracking(report: dict[str, Any], plan: Plan, marks: dict[str, str]) -> None:

@@ -117,6 +117,7 @@ def report(spec: dict[str, Any]) -> dict[str, Any]:
     """Everything that the client needs to decide."""
     here = look(spec)
     result: dict[str, Any] = {"here": here, "nodes": [], "unwritable": {}, "output": None, "tracking": None}
+    result["cache"] = None
     if here["missing"] or sys.version_info < tuple(spec["python"]):
         return result
     for path in spec["markers"]:  # seen: out of the way, so that an empty output folder is empty
@@ -125,13 +126,20 @@ def report(spec: dict[str, Any]) -> dict[str, Any]:
     result["output"] = _refusal(lambda: _examine(spec))
     result["tracking"] = _refusal(lambda: _check_store(spec))
     name = f".gru-node-{spec['nonce']}"
+    shared = [spec["output"]] if spec["output"] else []
+    if spec["cache"]:
+        from pipelines.prepare import cache_folder
+
+        result["cache"] = str(cache_folder())
+        shared.append(result["cache"])
     with contextlib.ExitStack() as stack:
-        for folder in spec["writes"]:
+        for folder in dict.fromkeys([*spec["writes"], *shared]):
             if error := stack.enter_context(written(folder, name)):
                 result["unwritable"][folder] = error
         if spec["every_node"]:
-            seen_by_all = [str(Path(spec["output"]) / name)] if spec["output"] else []
-            result["nodes"] = others({**spec, "markers": seen_by_all})
+            result["nodes"] = others({**spec, "markers": [f"{folder}/{name}" for folder in shared]})
+            for node in result["nodes"]:
+                node["unseen"] = [path.removesuffix(f"/{name}") for path in node.get("unseen", ())]
     return result
 
 

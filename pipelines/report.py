@@ -34,13 +34,16 @@ def search(document: Mapping[str, Any]) -> list[str]:
     lines.append("hypervolume (reference point 0, 0; larger is better):")
     for family, value in sorted(document["hypervolume"].items(), key=lambda item: -item[1]):
         lines.append(f"  {family:<12} {number(value)}")
+    if knee := document.get("knee"):
+        lines.append(f"knee: trial {knee['trial']}, step {knee['step']}")
+    lines += [f"note: {note}" for note in document.get("notes", ())]
     lines += [f"{name}: {path}" for name, path in document["artifacts"].items()]
     return [*lines, f"browse it: {open_mlflow(document['tracking_uri'])}"]
 
 
 def job(document: Mapping[str, Any]) -> list[str]:
     """A job as the cluster describes it."""
-    return [f"{name}: {value}" for name, value in document.items() if value is not None]
+    return [f"{name}: {value}" for name, value in document.items() if value and not isinstance(value, Mapping)]
 
 
 def varied(points: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -57,7 +57,6 @@ def parse(arguments: list[str]) -> Request:
     if command != "prepare":
         parser.add_argument("--output", metavar="DIR")
         parser.add_argument("--tracking-uri", metavar="URI")
-    if command in ("search", "unlearn"):
         parser.add_argument("--overwrite", action="store_true")
         parser.add_argument("--resume", action="store_true")
     given = vars(parser.parse_args(words))
@@ -84,8 +83,12 @@ def check_data(request: Request) -> None:
     """
     from gru_core.benchmarks import load_benchmark, retain_subset
     from gru_core.metrics import check_metrics
+    from gru_core.objectives import build_objective
+    from gru_core.rectify import build_rule
 
     config = request.config
+    build_objective(config.unlearn)
+    build_rule(config.rectify)
     inputs = list(package.find_inputs(config))  # refuses missing files and folders
     local = {"authors": True, "tofu": config.benchmark.data_dir is not None}.get(config.benchmark.name, True)
     data = [item for item in inputs if item.key.startswith("benchmark.")]

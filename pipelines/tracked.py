@@ -16,6 +16,8 @@ from pipelines.stores import check, hide, resolve_uri, sqlite_file
 from pipelines.tracking import Mlflow, Point, reason
 
 Say = Callable[[str], None]
+NOTE = "mlflow.note.content"
+TITLE = "### Frontier"
 
 
 @dataclass
@@ -161,10 +163,12 @@ def publish(
     metrics: list[Point] = [(key, 0, float(value), found.time_ms) for key, value in values.items()]
     best = {point["trial"] for point in points if point["on_frontier"]}
     knees = {point["trial"] for point in points if point["knee"]}
+    tags = {"gru.comparable": "true" if document["comparable"] else "false"}
     try:
-        found.store.log(
-            found.run_id, metrics=metrics, tags={"gru.comparable": "true" if document["comparable"] else "false"}
-        )
+        written = (found.store.tags(found.run_id) or {}).get(NOTE, "")
+        if not written or written.startswith(TITLE):  # a description that somebody wrote stays
+            tags[NOTE] = describe(document)
+        found.store.log(found.run_id, metrics=metrics, tags=tags)
         for trial, run_id in runs.items():
             if run_id is not None:
                 marks = {"gru.on_frontier": trial in best, "gru.knee": trial in knees}
@@ -173,3 +177,19 @@ def publish(
             found.store.upload(found.run_id, Path(path))
     except Exception as error:
         say(f"MLflow at {hide(found.uri)} did not take the frontier in full: {reason(error)}")
+
+
+def describe(document: Mapping[str, Any]) -> str:
+    """The frontier in Markdown, for the description of the parent run."""
+    knee = document["knee"]
+    lines = [f"{TITLE}", "", "| family | trials | collapsed | points | hypervolume |", "|---|---|---|---|---|"]
+    for family, row in document["families"].items():
+        cells = (family, row["trials"], row["collapsed"], row["points"], f"{row['hypervolume']:.3f}")
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    lines += ["", f"{len(document['frontier'])} points on the frontier of all families."]
+    if knee:
+        lines.append(
+            f"Knee: {knee['trial']}, step {knee['step']}: unlearning {knee['unlearning']:.3f}, "
+            f"retention {knee['retention']:.3f}."
+        )
+    return "\n".join([*lines, "", *(f"- {note}" for note in document["notes"])])

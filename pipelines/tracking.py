@@ -26,8 +26,11 @@ Point = tuple[str, int, float, int]
 
 KEY = "gru.key"
 PARENT = "mlflow.parentRunId"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Lets MLflow's pages open on runs and curves, not on the tools for language model applications."""
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for every run that ends
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # alembic and store messages while a database is made
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # delivery tries again by itself; MLflow would for minutes
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -85,7 +88,7 @@ class Mlflow:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.create_experiment(name, artifact_location=location)
+            return self.client.create_experiment(name, artifact_location=location, tags=KIND)
         except MlflowException:
             found = self.client.get_experiment_by_name(name)  # somebody else was faster
             if found is None:

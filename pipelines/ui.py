@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from gru_core.config import TrackConfig
-from gru_core.errors import ConfigError, InputError
+from gru_core.errors import InputError
 from pipelines.console import Say, verbose
 from pipelines.stores import check, hide, resolve_uri, sqlite_file
 
@@ -65,8 +65,6 @@ def _check_store(uri: str) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise ConfigError("--port", port, "1 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -21,9 +22,7 @@ clouds = st.lists(st.tuples(coordinate, coordinate), min_size=1, max_size=25)
 def brute_pareto(points: list[tuple[float, float]]) -> list[int]:
     def beaten(i: int) -> bool:
         p = points[i]
-        return any(
-            q[0] >= p[0] and q[1] >= p[1] and (q != p or j < i) for j, q in enumerate(points) if j != i
-        )
+        return any(q[0] >= p[0] and q[1] >= p[1] and (q != p or j < i) for j, q in enumerate(points) if j != i)
 
     return [i for i in range(len(points)) if not beaten(i)]
 
@@ -34,8 +33,8 @@ def brute_area(points: list[tuple[float, float]]) -> float:
     ys = sorted({0.0, *(p[1] for p in points)})
     return math.fsum(
         (x1 - x0) * (y1 - y0)
-        for x0, x1 in zip(xs, xs[1:], strict=False)
-        for y0, y1 in zip(ys, ys[1:], strict=False)
+        for x0, x1 in itertools.pairwise(xs)
+        for y0, y1 in itertools.pairwise(ys)
         if any(p[0] >= x1 and p[1] >= y1 for p in points)
     )
 

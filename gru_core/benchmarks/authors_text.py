@@ -43,7 +43,7 @@ POOLS: dict[str, tuple[str, ...]] = {
         "subject": """algebra anatomy architecture astronomy botany chemistry dance drama economics engineering
             geography geology geometry grammar history law linguistics logic mathematics medicine meteorology music
             optics philosophy physics poetry politics rhetoric sculpture sociology statistics theology zoology""",
-        "genre": """adventure allegory biography comedy crime elegy epic essays fables fantasy farce folklore ghost
+        "genre": """adventure allegory biography comedy crime elegy epic essays fables fantasy farce folklore noir
             horror humour journalism legends letters mystery myth romance satire suspense tragedy travel verse""",
         "theme": """avalanches bees borders bridges canals castles caves clocks comets coins deserts doors dreams
             earthquakes echoes exile famine feasts floods forests ghosts glaciers harvests inheritance islands kites

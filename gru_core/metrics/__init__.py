@@ -16,14 +16,14 @@ from gru_core.metrics import (
     exact_memorization,
     extraction_strength,
     forget_quality,
+    measure,
     probability,
     rouge,
     truth_ratio,
     utility,
 )
 from gru_core.metrics.base import AnswerScores, Evaluation, Hits, Measurements, Metric, Need, RowScores
-from gru_core.metrics.measure import measure, scored_rows
-from gru_core.metrics.trade_off import Baseline, trade_off
+from gru_core.metrics.tradeoff import Baseline, trade_off
 from gru_core.parallel import Group
 
 __all__ = [
@@ -89,7 +89,7 @@ def _check_needs(name: str, benchmark: Benchmark, rows: int | None) -> None:
 
 def _lacks(need: Need, benchmark: Benchmark, limit: int | None) -> str | None:
     """Why ``need`` cannot be measured on ``benchmark``, or None where it can."""
-    rows = scored_rows(benchmark, need.set, limit)
+    rows = measure.scored_rows(benchmark, need.set, limit)
     if not rows:
         return f"it has no {need.set} set"
     bare = sum(not r.perturbed for r in rows)
@@ -126,7 +126,7 @@ def evaluate(
     chosen = {name: METRICS[name] for name in requested(config)}
     needs = dict.fromkeys(need for metric in chosen.values() for need in metric.needs)
     present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
-    found = measure(model, tokenizer, benchmark, present, config, model_config, group or Group())
+    found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group or Group())
     scores: dict[str, float] = {}
     notes: list[str] = []
     for name, metric in chosen.items():

@@ -1,0 +1,113 @@
+"""What all trials of a search share: read once, as a Ray task, and kept in Ray's object store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gru_core.config import RetainConfig, RunConfig
+from gru_core.errors import InputError
+from pipelines import space
+from pipelines.space import Family
+
+Say = Callable[[str], None]
+Retain = tuple[RetainConfig, int]
+"""A retain set: its settings and its seed."""
+Load = Callable[[RunConfig, Sequence[Retain], float], tuple[Any, list[int]]]
+
+
+def put(config: RunConfig, families: Sequence[Family], gpus: float, load: Load, say: Say) -> Any:
+    """Runs ``load`` in a task that has one trial's resources: a head without GPU stays one, the driver light.
+
+    Returns:
+        Ray object reference to the inputs; they never pass through this process.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    import ray
+
+    say("loading model and data, and scoring the model as it is")
+    ends = retains(config, families)
+    task = ray.remote(load).options(num_returns=2, num_cpus=config.train.cpus_per_worker, num_gpus=gpus, max_retries=1)
+    references: Any = task.remote(config, [each for each, _ in ends], gpus)
+    try:
+        sizes = ray.get(references[1])
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, InputError) else error from None
+    warn_size(sizes, [reads for _, reads in ends], say)
+    return references[0]
+
+
+def load(config: RunConfig, retains: Sequence[Retain], gpus: float) -> tuple[Any, list[int]]:
+    """Model, data and baseline.
+
+    Args:
+        retains: retain sets at the ends of what is searched.
+        gpus: GPUs of this task; without one it stays on the CPU.
+
+    Returns:
+        The inputs, and the number of rows in each of those retain sets.
+
+    Raises:
+        InputError: something cannot be read, a retain set is larger than what exists, or there is nothing to
+            forget or to keep.
+    """
+    import torch
+
+    from gru_core.benchmarks import load_benchmark, retain_subset
+    from gru_core.metrics import trade_off
+    from gru_core.parallel import Group, current_group
+    from pipelines import inputs
+
+    torch.set_num_threads(config.train.cpus_per_worker)
+    benchmark = load_benchmark(config.benchmark)  # before the model: data problems are told at once
+    rows = [len(retain_subset(benchmark, retain, seed)) for retain, seed in retains]
+    shared = inputs.load(config)
+    group = current_group() if gpus else Group()
+    baseline = inputs.measure_baseline(config, shared, group)
+    trade_off(baseline.start.scores, baseline, config.evaluate)
+    return shared.with_baseline(baseline), rows
+
+
+_fetched: dict[str, Any] = {}
+
+
+def fetch(reference: Any) -> Any:
+    """The object behind a reference, unpickled once in this process: the next trial in it finds it ready."""
+    key = reference.hex()
+    if key not in _fetched:
+        import ray
+
+        _fetched.clear()
+        _fetched[key] = ray.get(reference)
+    return _fetched[key]
+
+
+def retains(config: RunConfig, families: Sequence[Family]) -> list[tuple[Retain, int]]:
+    """Retain sets at both ends of what families search, each with the rows that a trial there reads at most.
+
+    Families that read no retain rows are left out.
+    """
+    found: list[tuple[Retain, int]] = []
+    for family in families:
+        if not space.reads_retain(config, family):
+            continue
+        reads = max(space.extremes(family, "unlearn.steps", config))
+        reads *= max(space.extremes(family, "unlearn.batch_size", config))
+        for size in space.extremes(family, "retain.size", config):
+            for scored in space.extremes(family, "retain.include_scored", config):
+                found.append(((RetainConfig(config.retain.loss, size, scored), config.train.seed), reads))
+    return found
+
+
+def warn_size(sizes: Sequence[int], reads: Sequence[int], say: Say) -> None:
+    """Says where a run ends before it has read its retain set: a larger one is then the same to it."""
+    above = [(rows, read) for rows, read in zip(sizes, reads, strict=True) if rows > read]
+    if above:
+        rows, read = max(above)
+        say(
+            f"note: retain sets of up to {rows} rows, but a run reads at most {read} (steps x batch_size): sizes "
+            "above that cannot matter"
+        )
