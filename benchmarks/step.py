@@ -34,10 +34,15 @@ from gru_core.objectives import build_objective
 from gru_core.parallel import Group
 from gru_core.step import Rows, Step, build_optimizer
 
-SHAPES = {
-    "24m": {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1280, "vocab_size": 8192},
-    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "intermediate_size": 8192, "vocab_size": 128256},
+SHAPES: dict[str, dict[str, int]] = {
+    "24m": {
+        "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1280,
+        "vocab_size": 8192,
+    },
+    "1b": {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 8192, "vocab_size": 128256,
+    },
 }  # fmt: skip
 KINDS = ("plain", "ours", "naive")
 

@@ -189,7 +189,8 @@ def load(
     momentum = None
     if (folder / "ema.safetensors").exists():
         tensors = load_file(folder / "ema.safetensors", device=str(device))
-        momentum = [tensors[str(i)] for i in range(len(tensors))]
+        # Cloned: a view into the file has another alignment, and BLAS then adds up in another order.
+        momentum = [tensors[str(i)].clone() for i in range(len(tensors))]
     reference = None
     if (folder / "reference.safetensors").exists():
         reference = load_file(folder / "reference.safetensors")["nll"]

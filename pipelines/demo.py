@@ -39,10 +39,11 @@ def run(
     say("demo: a small model learns fictitious authors, and then has to forget some of them")
     from pipelines import prepare, search
 
-    made = prepare.run(config, say=say)
-    say(f"target and retain model: {'reused from the cache' if made.cached else 'trained'}")
+    prepare.run(config, say=say)
     document = search.run(config, overwrite=overwrite, resume=False, say=say)
-    return {**document, "verdict": _verdict(config, document["hypervolume"])}
+    volumes: Mapping[str, float] = document["hypervolume"]
+    each = config.search.trials // len(volumes)
+    return {**document, "verdict": report.best(volumes, each, document.get("comparable", True))}
 
 
 def _own(config: RunConfig) -> bool:
@@ -55,11 +56,6 @@ def _own(config: RunConfig) -> bool:
     except InputError:
         return False
     return earlier.track.experiment == config.track.experiment and earlier.benchmark.name == config.benchmark.name
-
-
-def _verdict(config: RunConfig, hypervolume: Mapping[str, float]) -> str:
-    families = list(config.search.families)
-    return report.best(hypervolume, config.search.trials // len(families), families)
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:

@@ -29,10 +29,9 @@ BAD_INPUT = 2
 class Log:
     """Splits a log that comes in pieces into lines, says them, and keeps the last ones."""
 
-    HEADER = ("INFO job_manager.py", "Running entrypoint for job ")
-
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Say, job: str) -> None:
         self._say = say
+        self._entry = f"Running entrypoint for job {job}:"
         self._rest = ""
         self.seen = 0
         self.lines: collections.deque[str] = collections.deque(maxlen=20_000)
@@ -52,10 +51,11 @@ class Log:
 
     def _line(self, line: str) -> None:
         line = line.rstrip("\r").rpartition("\r")[2]
-        header = len(self.lines) == 0 and any(sign in line for sign in self.HEADER)
-        if not header:  # the first lines are Ray's own: what it is about to run
-            self.lines.append(line)
-            self._say(line)
+        # Ray's own two lines; the second may come late, for Ray starts the command before it writes it.
+        if line.startswith(self._entry) or (not self.lines and "INFO job_manager.py" in line):
+            return
+        self.lines.append(line)
+        self._say(line)
 
     def document(self) -> Any:
         """The JSON document that the log ends with, or None."""

@@ -130,7 +130,7 @@ def _result(cluster: Cluster, request: Request, job: str) -> dict[str, Any]:
 
 def _follow(cluster: Cluster, job: str, say: Say, request: Request) -> dict[str, Any]:
     """Says the log until the job has ended; Ctrl-C leaves it running."""
-    log = joblog.Log(say)
+    log = joblog.Log(say, job)
     try:
         found = asyncio.run(joblog.stream(cluster, job, log))
     except KeyboardInterrupt:

@@ -145,8 +145,8 @@ def _figure(document: Mapping[str, Any], points: Points) -> Any:
         xaxis={"title": across, "range": [-0.02, 1.03], **grid},
         yaxis={"title": up, "range": [-0.02, 1.05], **grid},
         plot_bgcolor="white", font={"color": INK, "family": "system-ui, sans-serif"}, height=560,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin={"l": 70, "r": 20, "t": 40, "b": 60},
+        legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0},
+        margin={"l": 70, "r": 20, "t": 40, "b": 90},
         hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": INK}},
     )  # fmt: skip
     return figure

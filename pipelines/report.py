@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gru_core.config import TrackConfig
@@ -47,8 +47,8 @@ def job(document: Mapping[str, Any]) -> list[str]:
 
 
 def varied(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names under ``params`` whose value differs between points: the ones worth a column."""
-    names = dict.fromkeys(name for point in points for name in point.get("params", {}))
+    """Names under ``params`` whose value differs between points (and the family does not tell already)."""
+    names = dict.fromkeys(name for point in points for name in point.get("params", {}) if name != "rectify.rule")
     return [name for name in names if len({str(point.get("params", {}).get(name)) for point in points}) > 1]
 
 
@@ -80,16 +80,24 @@ def open_mlflow(uri: str) -> str:
     return f"gru ui --tracking-uri {shlex.quote(uri)}"
 
 
-def best(hypervolume: Mapping[str, float], trials: int, families: Iterable[str]) -> str:
-    """One sentence: does rectification help here? Computed from the hypervolumes, whatever they are."""
-    ours = hypervolume["rectified"]
-    rivals = {name: hypervolume[name] for name in families if name != "rectified"}
-    shown = " and ".join(f"{name} {number(value)}" for name, value in rivals.items())
+def best(hypervolume: Mapping[str, float], trials: int, comparable: bool = True) -> str:
+    """One sentence: does rectification help here? Computed from the hypervolumes, whatever they are.
+
+    Args:
+        trials: runs of each family.
+        comparable: whether every family ran to the end of the same budget.
+    """
+    rivals = {name: value for name, value in hypervolume.items() if name != "rectified"}
+    if "rectified" not in hypervolume or not rivals:
+        return f"Nothing to compare: the families are {', '.join(hypervolume)}."
+    ours, shown = hypervolume["rectified"], " and ".join(f"{n} {number(v)}" for n, v in rivals.items())
+    if not comparable:
+        return f"The families ran on different budgets, so their hypervolumes cannot be compared ({shown})."
     budget = f"equal budgets of {trials} trials each, one seed"
     ahead = [name for name, value in rivals.items() if not ours > value]
     if not ahead:
         return f"Rectification helps here: hypervolume {number(ours)} against {shown} ({budget})."
     return (
         f"Rectification does not win here: its hypervolume {number(ours)} is not above that of "
-        f"{' and '.join(ahead)} (families: {shown}; {budget})."
+        f"{' and '.join(ahead)} ({shown}; {budget})."
     )

@@ -6,8 +6,10 @@ Reads like a script: check everything, start Ray, load the inputs once, run the 
 from __future__ import annotations
 
 import fcntl
+import importlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -72,6 +74,7 @@ def run(
     """
     began = time.monotonic()
     uri, families = _check(config, overwrite, resume, say)
+    threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()  # while Ray starts
     folder = Path(config.output.dir)
     if not (resume and _complete(folder, families)):
         with _ray(config, say) as gpus:

@@ -1,6 +1,6 @@
 """A search without training: a work function that is a formula, with a real journal and real checkpoints to lose.
 
-As a script it is the driver of such a search: ``python search_fakes.py OUTPUT_DIR SECONDS_PER_TRIAL [resume]``.
+As a module it is the driver of such a search: ``python -m tests.search_fakes OUTPUT_DIR SECONDS [resume]``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gru_core.errors import InputError
 from pipelines import search, settings
 from pipelines.journal import Journal
 from pipelines.trial import Job
+from tests.mlflow_server import empty_store
 
 SPACE = {"unlearn.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "retain.size": [50, 200]}
 STEPS = 3
@@ -24,9 +25,12 @@ STEPS = 3
 
 def study(folder: Path, **values: Any) -> RunConfig:
     """Three default families over :data:`SPACE`, tracked beside ``folder``."""
+    store = folder.parent / "mlflow.db"
+    if not store.exists():
+        empty_store(store)
     given = {
         "output.dir": str(folder),
-        "track.uri": f"sqlite:///{folder.parent}/mlflow.db",
+        "track.uri": f"sqlite:///{store}",
         "evaluate.metrics": ["extraction_strength", "model_utility"],
         "search.trials": 6,
         "search.space": SPACE,

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from gru_core.config import RunConfig
 from gru_core.errors import ConfigError, InputError, StorageError
 from pipelines import cli, console, demo, exits, report, settings
 
@@ -108,8 +110,13 @@ def test_every_command_has_help_with_its_example(name: str, gru: Callable[..., A
 def test_every_example_is_a_command_line_that_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each example reaches its command with its options understood: the work itself is cut off."""
     reached: list[str] = []
-    monkeypatch.setattr(cli, "_run", lambda *_: reached.append(name) or {"ok": True, "status": "finished"})
-    monkeypatch.setitem(sys.modules, "pipelines.ui", _module(run=lambda **_: reached.append(name)))
+
+    def work(*_: object, **__: object) -> dict[str, object]:
+        reached.append(name)
+        return {"ok": True, "status": "finished"}
+
+    monkeypatch.setattr(cli, "_run", work)
+    monkeypatch.setitem(sys.modules, "pipelines.ui", _module(run=work))
     monkeypatch.setattr("pipelines.ui", sys.modules["pipelines.ui"], raising=False)
     with pytest.raises(SystemExit) as ended:
         cli.main(cli.EXAMPLES[name].split()[1:])
@@ -207,7 +214,7 @@ def _search(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object]) -> None
     monkeypatch.setattr("pipelines.search", module, raising=False)
 
 
-DOCUMENT = {
+DOCUMENT: dict[str, Any] = {
     "search": "runs/demo",
     "frontier": [
         {"family": "rectified", "unlearning": 0.9, "retention": 0.8, "trial": "a", "step": 40,
@@ -224,7 +231,7 @@ DOCUMENT = {
 def test_json_prints_one_document_whatever_else_is_printed(
     monkeypatch: pytest.MonkeyPatch, gru: Callable[..., Answer]
 ) -> None:
-    def run(config: object, *, overwrite: bool, resume: bool, say: console.Say) -> dict[str, object]:
+    def run(config: RunConfig, *, overwrite: bool, resume: bool, say: console.Say) -> dict[str, object]:
         say("working")
         print("a library prints")
         os.write(1, b"a child process prints\n")
@@ -244,8 +251,13 @@ def test_json_prints_one_document_whatever_else_is_printed(
 
 
 def test_options_and_overrides_reach_the_search(monkeypatch: pytest.MonkeyPatch, gru: Callable[..., Answer]) -> None:
-    seen = []
-    _search(monkeypatch, lambda config, **_: seen.append(config) or DOCUMENT)
+    seen: list[RunConfig] = []
+
+    def run(config: RunConfig, **_: object) -> dict[str, Any]:
+        seen.append(config)
+        return DOCUMENT
+
+    _search(monkeypatch, run)
     answer = gru("search", "-c", "demo", "--set", "output.dir=a", "--output", "b", "--set", "train.seed=3",
                  "--tracking-uri", "sqlite:///x.db")  # fmt: skip
     assert answer.code == 0
@@ -350,10 +362,16 @@ def test_submit_passes_the_command_line_on(monkeypatch: pytest.MonkeyPatch, gru:
     ],
 )
 def test_the_verdict_follows_the_numbers(volumes: dict[str, float], helps: bool, words: list[str]) -> None:
-    sentence = report.best(volumes, 8, ["plain", "sum", "rectified"])
+    sentence = report.best(volumes, 8)
     assert sentence.startswith("Rectification helps") is helps
     assert sentence.startswith("Rectification does not win") is not helps
     assert all(word in sentence for word in [*words, "8 trials each"])
+
+
+def test_the_verdict_compares_only_what_compares() -> None:
+    volumes = {"plain": 0.7, "rectified": 0.9}
+    assert "cannot be compared" in report.best(volumes, 8, comparable=False)
+    assert report.best({"mine": 0.7}, 8) == "Nothing to compare: the families are mine."
 
 
 @pytest.fixture
@@ -361,11 +379,11 @@ def fake_demo(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A search that writes its config and nothing else; records whether it was told to overwrite."""
     told: list[bool] = []
 
-    def run(config: object, *, overwrite: bool, resume: bool, say: console.Say) -> dict[str, object]:
+    def run(config: RunConfig, *, overwrite: bool, resume: bool, say: console.Say) -> dict[str, object]:
         told.append(overwrite)
-        folder = Path(config.output.dir)  # type: ignore[attr-defined]
+        folder = Path(config.output.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(settings.to_yaml(config))  # type: ignore[arg-type]
+        (folder / "config.yaml").write_text(settings.to_yaml(config))
         return DOCUMENT
 
     _search(monkeypatch, run)

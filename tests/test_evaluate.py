@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import pickle
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -412,6 +413,7 @@ def test_documents_hold_no_texts(found, bench):
     text = json.dumps(found.to_json())
     assert not [word for word in (*WORDS, "Question", "What") if word in text]
     assert Evaluation.from_json(json.loads(text)) == found
+    assert pickle.loads(pickle.dumps(found)) == found  # travels between Ray processes
 
 
 def test_a_row_cut_at_the_models_length_has_no_closing_token(gpt2, tokenizer, bench):

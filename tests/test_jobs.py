@@ -28,8 +28,9 @@ from tests.ray_head import Head, can_hide, free_port, ray_head, start_head, star
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
-    "--set", "prepare.steps=1", "--set", "prepare.warmup=0", "--set", "prepare.hidden=16", "--set", "prepare.layers=1",
-    "--set", "prepare.intermediate=16", "--set", "prepare.heads=2", "--set", "prepare.batch_size=4",
+    "--set", "prepare.steps=60", "--set", "prepare.warmup=0", "--set", "prepare.hidden=32", "--set", "prepare.layers=1",
+    "--set", "prepare.intermediate=32", "--set", "prepare.heads=2", "--set", "prepare.batch_size=16",
+    "--set", "prepare.lr=0.01",
     "--set", "unlearn.steps=1", "--set", "unlearn.batch_size=2", "--set", "unlearn.evaluate_every=1",
     "--set", "evaluate.metrics=[extraction_strength, retain_extraction_strength]",
     "--set", "evaluate.retention=retain_extraction_strength",
@@ -436,25 +437,26 @@ def test_a_cluster_that_asks_for_no_token_gets_none(
 def test_a_log_is_said_once_however_often_its_stream_breaks() -> None:
     """Random cuts and restarts from the beginning, as reconnecting gives them, against the text itself."""
     head = "2026-11-23 22:11:46,400\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
-    head += "Running entrypoint for job x: exec python\n"
+    entry = "Running entrypoint for job x: exec python\n"
     body = "".join(f"line {n}\n" for n in range(200)) + "{\n" + '"a": [1, 2]}\nlast'
+    texts = [head + entry + body, head + body.replace("line 3\n", f"line 3\n{entry}")]  # Ray may write it late
     random.seed(0)
-    for _ in range(20):
+    for text in texts * 10:
         lines, say = told()
-        log = joblog.Log(say)
+        log = joblog.Log(say, "x")
         for _ in range(5):
-            position, end = 0, random.randrange(len(head + body))
+            position, end = 0, random.randrange(len(text))
             while position < end:
                 size = random.randrange(1, 90)
-                log.piece((head + body)[position : position + size], min(position + size, len(head + body)))
+                log.piece(text[position : position + size], min(position + size, len(text)))
                 position += size
-        log.piece(head + body, len(head + body))
+        log.piece(text, len(text))
         log.end()
         assert lines == body.split("\n")
 
 
 def test_the_document_at_the_end_of_a_log_is_found() -> None:
-    log = joblog.Log(lambda line: None)
+    log = joblog.Log(lambda line: None, "x")
     text = 'progress\n{"not": "this"}\nmore\n{"run": "x", "points": [{"a": 1}]}\n'
     log.piece(text, len(text))
     assert log.document() == {"run": "x", "points": [{"a": 1}]}
@@ -619,7 +621,7 @@ def test_a_cluster_that_goes_away_for_good_is_told(
 
     cluster, job = short("echo working; sleep 600", f"http://127.0.0.1:{proxy.port}")
     with pytest.raises(RuntimeError, match=f"lost the cluster; the job may still run: gru submit status {job}"):
-        asyncio.run(joblog.stream(cluster, job, joblog.Log(say)))
+        asyncio.run(joblog.stream(cluster, job, joblog.Log(say, job)))
     assert jobs.stop(job, address=ray_head.address)["stopped"]
 
 
