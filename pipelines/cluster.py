@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from gru_core.errors import InputError, unknown
+from pipelines.stores import hide
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -27,7 +28,8 @@ CONNECT_S, ANSWER_S = 3.0, 10.0
 """Longest wait for a connection, and for the first answer on it."""
 REQUEST_S = 120.0
 """Longest wait for a later answer: a head node that unpacks or starts something may take its time."""
-_ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+CHECK = "gru-check-"
+"""How the ids of the small jobs begin that only ask what a cluster can reach."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,12 @@ class Cluster:
 
     Attributes:
         address: URL of its job server (the dashboard), without user and password.
+        token: it asks for a token, and took ours.
     """
 
     address: str
     client: JobSubmissionClient
-
-
-def public(uri: str) -> str:
-    """``uri`` without user, password and query: fit for logs, messages and job metadata."""
-    if "://" not in uri:
-        return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    token: bool = False
 
 
 def resolve(address: str | None) -> str:
@@ -70,7 +66,7 @@ def resolve(address: str | None) -> str:
     except ValueError:  # a port that is no number
         ok = False
     if not ok:
-        raise InputError(f"--address: got {public(url)!r}, allowed: http://HOST:8265, the cluster's dashboard")
+        raise InputError(f"--address: got {hide(url)!r}, allowed: http://HOST:8265, the cluster's dashboard")
     return url
 
 
@@ -100,20 +96,20 @@ def connect(address: str | None) -> Cluster:
     if found:
         headers = {"Authorization": f"Bearer {found[0]}"}
         response = _version(url, headers)
-    shown = public(url)
+    shown = hide(url)
     if response.status_code in (401, 403):
         raise InputError(_refused(shown, found[1] if found else None))
     if not _is_ray(response):
         raise InputError(
             f"{shown} answers, but is no Ray job server; give the dashboard with --address http://HOST:8265"
         )
-    return Cluster(shown, _client(url, headers))
+    return Cluster(shown, _client(url, headers), bool(headers))
 
 
 def _version(url: str, headers: dict[str, str]) -> Any:
     import requests
 
-    shown = public(url)
+    shown = hide(url)
     try:
         return requests.get(f"{url}/api/version", headers=headers, timeout=(CONNECT_S, ANSWER_S))
     except requests.exceptions.SSLError:
@@ -177,7 +173,7 @@ def _client(url: str, headers: dict[str, str]) -> JobSubmissionClient:
 @contextlib.contextmanager
 def _environment_address(url: str) -> Iterator[None]:
     """Ray's client takes the environment before its argument; the address that was chosen must win."""
-    name = _ENVIRONMENT[0]
+    name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = url
     try:
@@ -204,5 +200,6 @@ def details(cluster: Cluster, job_id: str) -> JobDetails:
     if found is not None and found.submission_id:
         return found
     jobs = [job for job in cluster.client.list_jobs() if job.submission_id]
+    jobs = [job for job in jobs if not str(job.submission_id).startswith(CHECK)]
     latest = sorted(jobs, key=lambda job: job.start_time or 0)[-10:]
     raise unknown(f"job at {cluster.address}", job_id, [str(job.submission_id) for job in latest])

@@ -50,8 +50,8 @@ def submit(arguments: list[str], *, address: str | None, wait: bool, say: Say) -
         wait: follow the log until the job has ended. Ctrl-C then leaves the job alone.
 
     Returns:
-        What :func:`status` returns, with ``model`` (where the result lies), ``tracking_uri``, ``experiment`` and,
-        for a followed command with ``--json``, its document as ``result``.
+        What :func:`status` returns, with ``model`` (or a search's ``frontier``: where it will lie), ``experiment``
+        of MLflow and, for a followed command with ``--json``, its document as ``result``.
 
     Raises:
         InputError: bad input, or a cluster that cannot be reached, refuses, or cannot do this job.
@@ -76,14 +76,15 @@ def _send(cluster: Cluster, request: Request, say: Say) -> str:
         inputs = f", {len(package.uploaded)} inputs" if package.uploaded else ""
         say(f"package: code, config{inputs}, {package.size / 2**20:.1f} MiB (limit {packages.LIMIT / 2**20:.0f})")
         output = Path(config.output.dir) if command != "prepare" else None
+        spread = command == "search" or config.train.workers > 0
         plan = preflight.Plan(
             output=output,
             shared_output=request.shared_output,
             tracking=str(config.track.uri) if output else "",  # prepare records nothing
             overwrite="--overwrite" in request.flags,
             resume="--resume" in request.flags,
-            every_node=command == "search" or config.train.workers > 0,
-            cache=config.train.workers > 0 and "prepared" in (config.model.path, config.retain_model),
+            every_node=spread,
+            cache=spread and "prepared" in (config.model.path, config.retain_model),
         )
         say(f"asking the cluster at {cluster.address} what it can reach")
         answer = preflight.check(cluster, package, plan, ENVIRONMENT)
@@ -111,10 +112,11 @@ def start(cluster: Cluster, entrypoint: str, folder: Path, metadata: dict[str, s
 
 def _how(cluster: Cluster, job: str) -> list[str]:
     where = f"--address {cluster.address}"
+    token = "RAY_AUTH_MODE=token " if cluster.token else ""  # Ray's own command does not look for one without it
     return [
         f"{job} runs on its own now",
         f"  how it is doing: gru submit status {job} {where}",
-        f"  its log:         ray job logs --follow {job} {where}",
+        f"  its log:         {token}ray job logs --follow {job} {where}",
         f"  stop it:         gru submit stop {job} {where}",
     ]
 
@@ -124,8 +126,8 @@ def _result(cluster: Cluster, request: Request, job: str) -> dict[str, Any]:
     if request.command == "prepare":  # its log tells where the two models are
         return found
     output = request.config.output.dir
-    model = f"{output}/model" if request.command == "unlearn" else f"{output}/trials"
-    return {**found, "model": model, "experiment": request.config.track.experiment}
+    made = {"model": f"{output}/model"} if request.command == "unlearn" else {"frontier": f"{output}/frontier.html"}
+    return {**found, **made, "experiment": request.config.track.experiment}
 
 
 def _follow(cluster: Cluster, job: str, say: Say, request: Request) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The package is a folder of copies (links are followed), so that what is sent is what lies in it::
 
-    config.yaml  preflight.json  find_python.sh  gru_core/  pipelines/  tune_configs/  inputs/KEY/...
+    config.yaml  find_python.sh  gru_core/  pipelines/  tune_configs/  inputs/KEY/...
 """
 
 from __future__ import annotations

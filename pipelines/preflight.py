@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gru_core.errors import InputError
-from pipelines.cluster import Cluster
+from pipelines.cluster import CHECK, Cluster
 from pipelines.package import LIMIT, Input, Package
 from pipelines.probe import MARK
 from pipelines.stores import hide, sqlite_file
@@ -94,13 +95,12 @@ def check(cluster: Cluster, package: Package, plan: Plan, env_vars: dict[str, st
             "output": str(plan.output) if plan.output else None,
             "overwrite": plan.overwrite,
             "resume": plan.resume,
-            "tracking": plan.tracking,
+            "tracking": bool(plan.tracking),
             "writes": [str(path) for path in (plan.output, database.parent if database else None) if path],
             "every_node": plan.every_node,
             "cache": plan.cache,
         }
-        (package.folder / "preflight.json").write_text(json.dumps(spec), encoding="utf-8")
-        report = _run(cluster, package, plan.nonce, env_vars)
+        report = _run(cluster, package, spec, env_vars)
     judge(report, plan, package.remote, marks)
     unseen = report["here"]["unseen"]
     shared = "output" in marks and marks["output"] not in unseen
@@ -146,12 +146,17 @@ def markers(plan: Plan) -> Iterator[dict[str, str]]:
                 Path(path_name).unlink(missing_ok=True)
 
 
-def _run(cluster: Cluster, package: Package, nonce: str, env_vars: dict[str, str]) -> dict[str, Any]:
-    """Submits the probe, waits for it, returns its report and removes it from the cluster's list."""
+def _run(cluster: Cluster, package: Package, spec: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:
+    """Submits the probe, waits for it and returns its report.
+
+    What it is to look for stands in its command and not in the package: the job that follows then finds its inputs
+    at the same path as an earlier one with the same config, and can resume it.
+    """
     client = cluster.client
     job = client.submit_job(
-        entrypoint="exec sh find_python.sh -m pipelines.probe",
-        submission_id=f"gru-check-{nonce}",
+        entrypoint=f"exec sh find_python.sh -m pipelines.probe {shlex.quote(json.dumps(spec))}",
+        submission_id=f"{CHECK}{spec['nonce']}",
+        metadata={"gru.command": "check"},
         runtime_env={"working_dir": str(package.folder), "env_vars": env_vars},
     )
     deadline = time.monotonic() + START_S
@@ -168,10 +173,9 @@ def _run(cluster: Cluster, package: Package, nonce: str, env_vars: dict[str, str
             last = ((client.get_job_info(job).message or "").strip().splitlines() or ["no message"])[-1]
             raise InputError(f"the cluster at {cluster.address} could not run the check: {hide(last)}")
     finally:
-        with contextlib.suppress(Exception):  # the cluster's list of jobs is no reason to fail
+        with contextlib.suppress(Exception):  # of an interrupted client; nothing to do about one that is gone
             if not client.get_job_status(job).is_terminal():
                 client.stop_job(job)
-            client.delete_job(job)
     report: dict[str, Any] = json.loads(found[-1].removeprefix(MARK))
     return report
 

@@ -176,9 +176,8 @@ def _teller(orders: list[_Order], say: Say) -> Callable[[], None]:
             last = max(steps, default=0)
             if last >= told[order.which] + 50:
                 told[order.which] = last
-                say(
-                    f"{order.which} model: step {last}/{order.config.prepare.steps}, loss {steps[last]['train/loss']:.3f}"
-                )
+                loss = steps[last]["train/loss"]
+                say(f"{order.which} model: step {last}/{order.config.prepare.steps}, loss {loss:.3f}")
 
     return tell
 

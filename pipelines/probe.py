@@ -1,7 +1,8 @@
 """Runs on the cluster before a job does: what can it see, write and import there?
 
-Started as ``python -m pipelines.probe`` in the unpacked package; reads ``preflight.json`` and prints one line of
-JSON behind ``MARK``. Starts with nothing but the standard library, so that it can tell what is missing.
+Started as ``python -m pipelines.probe SPEC`` in the unpacked package, beside ``config.yaml``; ``SPEC`` is JSON, and
+so is the one line that it prints behind ``MARK``. Starts with nothing but the standard library, so that it can tell
+what is missing.
 """
 
 from __future__ import annotations
@@ -162,15 +163,15 @@ def _examine(spec: dict[str, Any]) -> None:
 
 
 def _check_store(spec: dict[str, Any]) -> None:
-    from pipelines.stores import check
+    from pipelines import settings
+    from pipelines.stores import check, resolve_uri
 
-    if spec["tracking"]:
-        check(spec["tracking"])
+    if spec["tracking"]:  # the URI itself may hold a password, which a command line would show
+        check(resolve_uri(settings.load("config.yaml").track))
 
 
 def main() -> None:
-    spec = json.loads(Path("preflight.json").read_text(encoding="utf-8"))
-    print(MARK + json.dumps(report(spec)), flush=True)
+    print(MARK + json.dumps(report(json.loads(sys.argv[1]))), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from gru_core.config import TrainConfig
 from gru_core.errors import InputError
+from pipelines import capacity
 from pipelines.launch import QUIET
 
 Say = Callable[[str], None]
@@ -27,9 +28,8 @@ def connect(train: TrainConfig, say: Say) -> float:
     start(say)
     import ray
 
-    have = ray.cluster_resources()
-    gpus = gpus_per_worker(train, have.get("GPU", 0.0))
-    require(train, gpus, have)
+    gpus = gpus_per_worker(train, ray.cluster_resources().get("GPU", 0.0))
+    capacity.check_room(train, gpus, capacity.nodes())
     return gpus
 
 
@@ -68,14 +68,3 @@ def gpus_per_worker(train: TrainConfig, in_cluster: float) -> float:
     if train.gpus_per_worker == "auto":
         return 1.0 if in_cluster >= max(1, train.workers) else 0.0
     return float(train.gpus_per_worker)
-
-
-def require(train: TrainConfig, gpus: float, have: dict[str, float]) -> None:
-    """Refuse more than the cluster has, in numbers, instead of waiting for it for ever."""
-    workers = max(1, train.workers)
-    needs = {"CPU": ("CPUs", float(workers * train.cpus_per_worker)), "GPU": ("GPUs", workers * gpus)}
-    for name, (word, need) in needs.items():
-        if need > have.get(name, 0.0):
-            raise InputError(
-                f"train.workers: {workers} worker(s) need {need:g} {word}, the cluster has {have.get(name, 0.0):g}"
-            )

@@ -147,17 +147,16 @@ def _ray(config: RunConfig, say: Say) -> Iterator[float]:
     """Ray with room for one trial at least; gives the GPUs of each worker. Ends what it started."""
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
-    if not verbose():
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # "Trials did not complete": we say which
     import ray
 
     from pipelines import ray_start
 
+    if not verbose():  # after the import, which sets levels of its own
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # "Trials did not complete": we say which
     ours = not ray.is_initialized()
     try:
         gpus = ray_start.connect(config.train, say)
-        capacity.check_room(config.train, gpus, capacity.nodes())
         yield gpus
     finally:
         if ours:
@@ -222,6 +221,9 @@ def _trials(study: trial.Study, families: Sequence[Family], say: Say) -> None:
     ends = selection.outcomes(ledger.entries)
     if searcher.left or len(ends) < total:
         say(f"stopped with {len(ends)} of {total} trials done; --resume goes on")
+        for name in selection.unfinished(ledger.entries):
+            if name not in ends:
+                _mark(study.folder / "trials" / name, name, "stopped")
         raise KeyboardInterrupt
     if all(end["status"] == "failed" for end in ends.values()):
         raise RuntimeError(f"all {total} trials failed; the first: {selection.first_failure(ends.values())}")
@@ -258,28 +260,17 @@ def _trial_name(tuned: Any) -> str:
 
 def _ended(study: trial.Study, entry: Entry, ledger: Ledger, total: int, say: Say) -> None:
     """A trial is over: say so, and let the journal of one that died say it too."""
-    done = len(selection.outcomes(ledger.entries))
-    values = "  ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in entry["params"].items())
+    say(f"[{len(selection.outcomes(ledger.entries))}/{total}] {selection.line(entry)}")
     if entry["status"] == "failed":
-        say(f"[{done}/{total}] {entry['id']}  failed: {entry['error']}  {values}".rstrip())
-        _mark_failed(study.folder / "trials" / entry["id"], entry["id"])
-        return
-    ended = "" if entry["status"] == "finished" else f"  ({entry['status']})"
-    say(
-        f"[{done}/{total}] {entry['id']}  unlearning {entry['unlearning']:.3f}  retention {entry['retention']:.3f}  "
-        f"at step {entry['step']}{ended}  {entry['seconds']:.1f} s  {values}".rstrip()
-    )
+        _mark(study.folder / "trials" / entry["id"], entry["id"], "failed")
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _mark_failed(folder: Path, name: str) -> None:
+def _mark(folder: Path, name: str, status: str) -> None:
+    """The last word in the journal of a trial whose process could not give it."""
     with journal.Journal(folder) as record:
         family = name.rpartition("-")[0]
         record.run(name, {"gru.kind": "trial", "gru.family": family, "gru.trial": name})
-        record.status("failed")
+        record.status(status)
 
 
 # ---------------------------------------------------------------------------------------------------- end

@@ -82,3 +82,17 @@ def order(numbers: Mapping[str, int]) -> list[str]:
     """Round robin over families, each as often as its number says: a search cut short is still a fair one."""
     rounds = range(max(numbers.values(), default=0))
     return [name for k in rounds for name, number in numbers.items() if k < number]
+
+
+def line(end: Mapping[str, Any]) -> str:
+    """A trial that ended, in one line: what it reached, or what it died of, and its settings."""
+    values = " ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in end["params"].items())
+    if end["status"] == "failed":
+        return f"{end['id']}  failed: {end['error']}  {values}".rstrip()
+    ended = "" if end["status"] == "finished" else f" ({end['status']})"
+    scores = f"unlearning {end['unlearning']:.3f}  retention {end['retention']:.3f}  at step {end['step']}{ended}"
+    return f"{end['id']}  {scores}  {end['seconds']:.1f} s  {values}".rstrip()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

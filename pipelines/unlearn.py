@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from gru_core import models
 from gru_core.benchmarks import load_benchmark, retain_subset
 from gru_core.config import RunConfig
 from gru_core.errors import InputError
-from gru_core.metrics import check_metrics
+from gru_core.metrics import Baseline, check_metrics, trade_off
 from gru_core.objectives import build_objective
+from gru_core.parallel import Group
 from gru_core.rectify import build_rule
-from pipelines import journal, output, prepare, settings, tracking, worker
+from pipelines import inputs, journal, output, prepare, provenance, settings, tracking, worker
 from pipelines.courier import Courier
-from pipelines.launch import launch
+from pipelines.launch import Report, launch
 from pipelines.narrate import watching
 
 Say = Callable[[str], None]
@@ -90,12 +92,18 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
     for line in ignored(config):
         say(f"note: {line}")
     ready = prepare.resolve(config, say=say)
+    shared = _inputs(ready, folder) if config.train.workers == 0 else None
     folder = output.claim(Path(config.output.dir), overwrite=overwrite, resume=resume)
     (folder / "request.yaml").write_text(settings.to_yaml(config))
     say(f"unlearning in {folder}: {config.unlearn.objective}, rule {config.rectify.rule}, {config.unlearn.steps} steps")
+    tags = {"gru.kind": "run", **provenance.tags()}
     with Courier(uri, config.track.experiment, folder, say=say) as courier, watching(_teller(folder, config, say)):
         try:
-            result = train(ready, folder, name=folder.name, tags={"gru.kind": "run"}, gpus=gpus)
+            result = train(ready, folder, shared_ref=shared, name=folder.name, tags=tags, gpus=gpus)
+        except InputError:
+            if not resume:  # told only by the workers: what they began is taken back
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         except BaseException:
             _mark_failed(folder)
             raise
@@ -106,6 +114,19 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
         "run": str(folder), **result, "model": str(model) if model.exists() else None,
         "tracking_uri": tracking.hide(uri), "run_id": courier.run_id,
     }  # fmt: skip
+
+
+def _inputs(config: RunConfig, folder: Path) -> inputs.Shared:
+    """Model, data and end points, before anything is written: nothing to forget is bad input, too."""
+    shared = inputs.load(config)
+    baseline = inputs.read_baseline(folder / "baseline.json")
+    baseline = baseline or launch(_baseline, (config, shared), config.train, folder, name="baseline")
+    trade_off(baseline.start.scores, baseline, config.evaluate)
+    return shared.with_baseline(baseline)
+
+
+def _baseline(payload: tuple[RunConfig, inputs.Shared], group: Group, report: Report) -> Baseline:
+    return inputs.measure_baseline(*payload, group)
 
 
 def _same_config(config: RunConfig, folder: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.study import Study, make
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,3 +25,18 @@ def shared_data() -> Path:
     if not (folder / "tofu").is_dir():
         pytest.skip("real benchmark files are not here (set GRU_TEST_DATA to their folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    """A real, tiny study with prepared models; see :mod:`tests.study`."""
+    before = dict(os.environ)
+    yield make(tmp_path_factory.mktemp("study"))
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models on few cores: threads that wait for each other cost more than they bring."""
+    torch.set_num_threads(1)

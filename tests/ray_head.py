@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-START_S, STOP_S = 60, 20
+START_S, STOP_S = 90, 8
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def main(folder: Path, seconds: float, resume: bool) -> None:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    search.prepare.resolve = prepared  # type: ignore[assignment]
+    search.prepare.resolve = prepared
     document = search.run(
         study(folder, **{"search.concurrent": 1}), resume=resume, say=functools.partial(print, flush=True),
         work=functools.partial(work, seconds=seconds), load=load,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from gru_core.config import TrainConfig
 from gru_core.errors import InputError
-from pipelines import capacity, journal, search, settings, trial
+from pipelines import capacity, journal, provenance, search, settings, trial
 from pipelines.families import family_of
 from tests import search_fakes as fakes
 
@@ -30,7 +31,7 @@ def _ray() -> Iterator[None]:
 
     for name, value in search.SWITCHES.items():
         os.environ.setdefault(name, value)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(fakes)
     yield
     ray.shutdown()
@@ -149,18 +150,34 @@ def test_one_metric(tmp_path: Path) -> None:
     assert [entry["step"] for entry in ends] == [1, 1, 1]  # retention only falls; step 0 is no candidate
 
 
-def test_a_driver_killed_mid_search_goes_on_where_it_was(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
+def _drive(folder: Path, seconds: float, end: signal.Signals) -> tuple[int, list[str], dict[str, str]]:
+    """A driver of its own, ended by a signal in the middle of its second trial."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "tests.search_fakes", str(folder), "6"]
+    command = [sys.executable, "-m", "tests.search_fakes", str(folder), str(seconds)]
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = folder / "trials" / "sum-000" / "checkpoints" / "step"
     try:
-        _wait(lambda: (folder / "trials" / "sum-000" / "checkpoints" / "step").exists(), 120)
-        _wait(lambda: (folder / "trials" / "sum-000" / "checkpoints" / "step").read_text() == "1", 60)
+        _wait(lambda: checkpoint.exists() and checkpoint.read_text() == "1", 180)
+        driver.send_signal(end)
+        return driver.wait(60), command, environment
     finally:
-        driver.send_signal(signal.SIGKILL)
+        driver.kill()
         driver.wait()
+
+
+def test_ctrl_c_stops_the_search_and_leaves_it_to_be_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    code, _, _ = _drive(folder, 3.0, signal.SIGINT)
+    assert code != 0
+    assert [entry["id"] for entry in ledger(folder) if entry["kind"] == "end"] == ["plain-000"]
+    assert journal.load(folder).status == "stopped"
+    assert journal.load(folder / "trials" / "sum-000").status == "stopped"
+
+
+def test_a_driver_killed_mid_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    _, command, environment = _drive(folder, 6.0, signal.SIGKILL)
     entries = ledger(folder)
     assert [entry["id"] for entry in entries if entry["kind"] == "end"] == ["plain-000"]
 
@@ -195,6 +212,17 @@ def test_the_folder_of_a_trial_belongs_to_one_process(tmp_path: Path, monkeypatc
         assert time.monotonic() - began >= 0.3
     with trial.alone(tmp_path):
         pass
+
+
+def test_provenance_names_commit_and_versions() -> None:
+    import torch
+
+    found = provenance.tags()
+    assert found["gru.versions.torch"] == torch.__version__
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert found["gru.commit"].removesuffix("+changes") == head.stdout.strip()
 
 
 def test_trials_with_workers_take_no_cpu_that_their_workers_need() -> None:

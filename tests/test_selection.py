@@ -82,3 +82,13 @@ def test_the_last_word_on_a_trial_counts() -> None:
 def test_order_is_round_robin() -> None:
     assert selection.order({"a": 2, "b": 3, "c": 1}) == ["a", "b", "c", "a", "b", "b"]
     assert selection.order({}) == []
+
+
+def test_a_line_tells_scores_and_settings_or_the_cause() -> None:
+    end = {"id": "sum-003", "status": "finished", **point(40, 0.8, 0.75), "seconds": 3.04}
+    settings = {"params": {"unlearn.lr": 0.00123456, "retain.size": 200}}
+    text = "sum-003  unlearning 0.800  retention 0.750  at step 40  3.0 s  lr=0.00123 size=200"
+    assert selection.line(end | settings) == text
+    assert "at step 40 (collapsed)" in selection.line(end | settings | {"status": "collapsed"})
+    failed = {"id": "sum-003", "status": "failed", "error": "out of memory", "params": {}}
+    assert selection.line(failed) == "sum-003  failed: out of memory"

@@ -1,0 +1,280 @@
+"""One run, end to end: tracked, resumable, the same on Ray workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gru_core.errors import InputError
+from pipelines import journal, unlearn
+from tests.study import Study, final_weights, gru
+
+QUIET: list[str] = []
+
+
+def say(line: str) -> None:
+    QUIET.append(line)
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed run in this process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, unlearn.run(study.load(folder), say=say)
+
+
+def test_a_run_forgets_and_writes_everything(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = whole
+    assert result["status"] == "finished"
+    assert [p["step"] for p in result["points"]] == [0, 4, 8, 12]
+    first, last = result["points"][0], result["points"][-1]
+    assert (first["unlearning"], first["retention"]) == (0.0, 1.0)
+    assert last["unlearning"] > 0.5
+    assert last["retention"] > 0.3
+    assert json.loads((folder / "scores.json").read_text())["scores"] == result["scores"]
+    for name in (
+        "config.yaml",
+        "request.yaml",
+        "baseline.json",
+        "journal.jsonl",
+        "mlflow.json",
+        "model/model.safetensors",
+    ):
+        assert (folder / name).exists(), name
+
+
+def test_the_written_config_runs_again_to_the_same_model(
+    whole: tuple[Path, dict[str, Any]], study: Study, tmp_path: Path
+) -> None:
+    from pipelines import settings
+
+    again = settings.load(str(whole[0] / "config.yaml"), [f"output.dir={tmp_path / 'again'}"])
+    unlearn.run(again, say=say)
+    assert equal(final_weights(whole[0]), final_weights(tmp_path / "again"))
+
+
+def test_mlflow_holds_each_step_once(whole: tuple[Path, dict[str, Any]], study: Study) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{study.folder}/mlflow.db")
+    run = client.get_run(whole[1]["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["rectify.rule"] == "gru"
+    assert run.data.tags["gru.kind"] == "run"
+    assert "gru.versions.torch" in run.data.tags
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/retain_loss")] == list(range(1, 13))
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "eval/unlearning")] == [0, 4, 8, 12]
+
+
+def test_the_saved_model_scores_as_reported(whole: tuple[Path, dict[str, Any]], study: Study) -> None:
+    """The model folder, loaded by transformers alone, gives the scores of the run."""
+    from gru_core import models
+    from gru_core.benchmarks import load_benchmark
+    from gru_core.config import ModelConfig
+    from gru_core.metrics import evaluate
+
+    config = study.load(whole[0])
+    folder = str(whole[0] / "model")
+    net, tok = models.load_model(folder, ModelConfig()), models.load_tokenizer(folder)
+    found = evaluate(net, tok, load_benchmark(config.benchmark), config.evaluate, config.model).scores
+    for name, value in found.items():
+        assert value == pytest.approx(whole[1]["scores"][name], abs=1e-6), name
+
+
+def test_forget_texts_stay_out_of_every_file(whole: tuple[Path, dict[str, Any]], study: Study) -> None:
+    """Answers of the forget set are in no journal, config, evaluation, log line or tracking database."""
+    rows = [json.loads(line) for line in (study.folder / "forget.jsonl").read_text().splitlines()]
+    secrets = [text for row in rows for text in (row["answer"], row["question"])]
+    files = [f for f in whole[0].rglob("*") if f.is_file() and f.suffix != ".safetensors" and "model" not in f.parts]
+    files += [study.folder / "mlflow.db", *(f for f in (study.folder / "mlartifacts").rglob("*") if f.is_file())]
+    assert len(files) > 8
+    for file in files:
+        content = file.read_bytes()
+        assert not any(secret.encode() in content for secret in secrets), file
+    assert not any(secret in line for line in QUIET for secret in secrets)
+
+
+def kill_when(process: subprocess.Popen[str], folder: Path, step: int, limit: float = 120) -> None:
+    """SIGKILL as soon as the journal has reached ``step``."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if max(journal.load(folder).metrics, default=0) >= step:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError("the run never got there")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_undisturbed_run(study: Study, tmp_path: Path) -> None:
+    """`gru unlearn --resume` after SIGKILL: the same weights bit for bit, each step once in the journal."""
+    arguments = [
+        "unlearn",
+        "-c",
+        str(study.config),
+        "--set",
+        "unlearn.steps=400",
+        "--set",
+        "unlearn.evaluate_every=100",
+    ]
+    calm, shaken = tmp_path / "calm", tmp_path / "shaken"
+    assert gru([*arguments, "--output", str(calm)], study.environment).returncode == 0
+    command = [sys.executable, "-m", "pipelines", *arguments, "--output", str(shaken)]
+    process = subprocess.Popen(command, env={**os.environ, **study.environment}, stdout=subprocess.DEVNULL, text=True)
+    kill_when(process, shaken, 130)
+    assert not (shaken / "scores.json").exists()
+    done = gru([*arguments, "--output", str(shaken), "--resume", "--json"], study.environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 400
+    assert equal(final_weights(calm), final_weights(shaken))
+    entries = [e for e in journal.read(shaken)[0] if e["kind"] == "metrics"]
+    seen = [(e["step"], key) for e in entries for key in e["metrics"]]
+    assert len(seen) == len(set(seen)), "a step stands twice in the journal"
+    changed = gru([*arguments, "--output", str(shaken), "--resume", "--set", "unlearn.lr=5.0e-4"], study.environment)
+    assert changed.returncode == 2
+    assert "was started with other settings: unlearn.lr" in changed.stderr
+
+
+@pytest.mark.slow
+def test_two_ray_workers_are_one_process(whole: tuple[Path, dict[str, Any]], study: Study, tmp_path: Path) -> None:
+    """TorchTrainer with 2 gloo workers: the same points, and after SIGKILL of a worker the same weights."""
+    import ray
+
+    calm, shaken = tmp_path / "calm", tmp_path / "shaken"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        two = unlearn.run(study.load(calm, "train.workers=2"), say=say)
+        for ours, alone in zip(two["points"], whole[1]["points"], strict=True):
+            assert ours["unlearning"] == pytest.approx(alone["unlearning"], abs=0.05)
+            assert ours["retention"] == pytest.approx(alone["retention"], abs=0.05)
+        killer = _Killer(shaken, 6)
+        killer.start()
+        again = unlearn.run(study.load(shaken, "train.workers=2"), say=say)
+        killer.join()
+        assert killer.killed, "no worker was there to kill"
+        assert again["steps"] == 12
+        assert equal(final_weights(calm), final_weights(shaken))
+        steps = [e["step"] for e in journal.read(shaken)[0] if "train/lr" in e.get("metrics", {})]
+        assert steps == list(range(1, 13)), "each step once"
+    finally:
+        ray.shutdown()
+
+
+def _workers() -> list[int]:
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+            found.append(process.pid)
+    return sorted(found)
+
+
+class _Killer(threading.Thread):
+    """Kills one Ray Train worker once the journal has reached a step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.step, self.killed = folder, step, 0
+
+    def run(self) -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            if max(journal.load(self.folder).metrics, default=0) >= self.step:
+                workers = _workers()
+                if workers:
+                    os.kill(workers[-1], signal.SIGKILL)
+                    self.killed = workers[-1]
+                return
+            time.sleep(0.002)
+
+
+def test_a_non_finite_loss_is_a_failure_that_says_where(study: Study, tmp_path: Path) -> None:
+    from gru_core import models
+
+    broken = tmp_path / "broken"
+    config = study.load(tmp_path / "run")
+    from pipelines import prepare
+
+    where = prepare.folders(config).target
+    net, tok = models.load_model(str(where), config.model), models.load_tokenizer(str(where))
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 1:
+                p.fill_(float("inf"))
+    models.save_model(net, tok, broken)
+    with pytest.raises((RuntimeError, InputError), match=r"nothing to forget|is nan|is inf"):
+        unlearn.run(study.load(tmp_path / "run", f"model.path={broken}"), say=say)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.path=/no/such/folder", "there is no folder"),
+        ("benchmark.forget=/no/such/file.jsonl", "/no/such/file.jsonl"),
+        ("retain.size=500", "retain.size"),
+        ("retain.size=0", "retain.size"),
+        ("retain_model=null evaluate.metrics=[forget_quality]", "retain_model"),
+        ("track.uri=http://127.0.0.1:9", "127.0.0.1:9"),
+        ("rectify.rule=sum", "retain_weight"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_written(
+    study: Study, tmp_path: Path, override: str, message: str
+) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(InputError, match=message) as error:
+        unlearn.run(study.load(folder, *override.split()), say=say)
+    assert "\n" not in str(error.value)
+    assert not folder.exists()
+
+
+def test_overlap_is_counted_and_named_without_texts(study: Study, tmp_path: Path) -> None:
+    lines = (study.folder / "retain.jsonl").read_text().splitlines()
+    both = (study.folder / "forget.jsonl").read_text() + lines[3] + "\n"
+    (tmp_path / "forget.jsonl").write_text(both)
+    with pytest.raises(InputError, match=r"\b1\b.*forget:9|forget:9") as error:
+        unlearn.run(study.load(tmp_path / "out", f"benchmark.forget={tmp_path / 'forget.jsonl'}"), say=say)
+    assert json.loads(lines[3])["answer"] not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_ends_with_1_and_keeps_the_checkpoint(study: Study, tmp_path: Path) -> None:
+    """A real file system that fills up: exit code 1, one line that names the last whole checkpoint."""
+    from gru_core import checkpoint
+
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        done = gru(
+            ["unlearn", "-c", str(study.config), "--output", str(small / "run"), "--set", "train.checkpoint_every=1"],
+            study.environment,
+        )
+        assert done.returncode == 1, (done.returncode, done.stderr)
+        line = done.stderr.strip().splitlines()[-1]
+        assert "No space left on device" in line
+        assert "last whole checkpoint is" in line
+        last = checkpoint.latest(small / "run" / "checkpoints")
+        assert last is not None
+        assert str(last.folder) in line
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
