@@ -1,0 +1,165 @@
+"""Searches as users run them: real trials, killed and resumed, on Ray Train workers, as a job on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import frontier, jobs, journal, search
+from tests.mlflow_server import Server
+from tests.ray_head import Head, ray_head  # noqa: F401
+from tests.study import Study, gru
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SPACE = "search.space={unlearn.lr: [1.0e-4, 3.0e-4], retain.size: [4, 20]}"
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def points(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {f.name: journal.points(f) for f in sorted((folder / "trials").iterdir())}
+
+
+def test_a_search_from_the_command_line(study: Study, tmp_path: Path) -> None:
+    """Six real trials; table, pictures and MLflow; the frontier recomputed from what was tracked."""
+    folder = tmp_path / "search"
+    arguments = ["search", "-c", str(study.config), "--set", "search.trials=6", "--set", SPACE, "--output", str(folder)]
+    done = gru([*arguments, "--json"], study.environment)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document["hypervolume"]) == {"plain", "sum", "rectified"}
+    assert all(0 <= v <= 1 for v in document["hypervolume"].values())
+    assert document["trials"]["finished"] + document["trials"]["collapsed"] == 6
+    for name in ("png", "html"):
+        assert Path(document["artifacts"][name]).stat().st_size > 10_000
+    again = gru(["frontier", str(folder), "--json"], study.environment)
+    assert again.returncode == 0, again.stderr
+    recomputed = json.loads(again.stdout)
+    assert recomputed["hypervolume"] == document["hypervolume"]
+    assert recomputed["frontier"] == document["frontier"]
+    _mlflow_holds(study, document)
+    refused = gru(arguments, study.environment)
+    assert refused.returncode == 2
+    assert "is not empty" in refused.stderr
+
+
+def _mlflow_holds(study: Study, document: dict[str, Any]) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{study.folder}/mlflow.db")
+    parent = client.get_run(document["run_id"])
+    assert parent.data.tags["gru.kind"] == "search"
+    for family, value in document["hypervolume"].items():
+        assert parent.data.metrics[f"hypervolume/{family}"] == pytest.approx(value)
+    names = {a.path for a in client.list_artifacts(parent.info.run_id)}
+    assert {"frontier.png", "frontier.html", "frontier.csv", "frontier.json"} <= names
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", max_results=100
+    )
+    assert len(children) == 6
+    assert {c.data.tags["gru.family"] for c in children} == {"plain", "sum", "rectified"}
+    on_frontier = {c.data.tags["gru.trial"] for c in children if c.data.tags.get("gru.on_frontier") == "true"}
+    assert on_frontier == {p["trial"] for p in document["frontier"]}
+
+
+def test_a_driver_killed_mid_search_goes_on(study: Study, tmp_path: Path) -> None:
+    """SIGKILL of the driver with real trials: --resume keeps what was finished, and ends where a calm search does."""
+    settings = [
+        "--set",
+        "search.trials=6",
+        "--set",
+        "search.sampler=random",
+        "--set",
+        SPACE,
+        "--set",
+        "unlearn.steps=60",
+    ]
+    calm, shaken = tmp_path / "calm", tmp_path / "shaken"
+    arguments = ["search", "-c", str(study.config), *settings]
+    assert gru([*arguments, "--output", str(calm)], study.environment).returncode == 0
+    command = [sys.executable, "-m", "pipelines", *arguments, "--output", str(shaken)]
+    process = subprocess.Popen(command, env={**os.environ, **study.environment}, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 200
+    while len(list(shaken.glob("trials/*/scores.json"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {f.parent.name: f.stat().st_mtime_ns for f in shaken.glob("trials/*/scores.json")}
+    done = gru([*arguments, "--output", str(shaken), "--resume", "--json"], study.environment)
+    assert done.returncode == 0, done.stderr
+    for name, modified in kept.items():
+        assert (shaken / "trials" / name / "scores.json").stat().st_mtime_ns == modified, "a finished trial ran again"
+    assert points(shaken) == points(calm)
+
+
+def test_trials_on_ray_train_workers_are_the_same_trials(study: Study, tmp_path: Path) -> None:
+    """Three trials of two workers through TorchTrainer inside Tune on 2 cores: the points of workers 0."""
+    one, two = tmp_path / "zero", tmp_path / "two"
+    settings = ["search.trials=3", "search.sampler=random", SPACE]
+    search.run(study.load(one, *settings), say=quiet)
+    search.run(study.load(two, *settings, "train.workers=2"), say=quiet)
+    alone, together = points(one), points(two)
+    assert alone.keys() == together.keys()
+    assert len(alone) == 3
+    for name in alone:
+        for a, b in zip(alone[name], together[name], strict=True):
+            assert a["step"] == b["step"]
+            assert a["unlearning"] == pytest.approx(b["unlearning"], abs=0.1)
+            assert a["retention"] == pytest.approx(b["retention"], abs=0.1)
+
+
+def test_a_submitted_search_is_browsed_from_the_client(
+    study: Study,
+    tmp_path: Path,
+    ray_head: Head,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`gru submit` of a real search to a real head, tracked on a real MLflow server, drawn from the client."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "search"
+    with Server(tmp_path) as server:
+        arguments = ["search", "-c", str(study.config), "--set", "search.trials=3", "--set", SPACE]
+        arguments += ["--set", "search.sampler=random", "--set", "train.seed=3", "--set", "prepare.steps=150"]
+        arguments += ["--output", str(folder), "--tracking-uri", server.uri, "--json"]
+        found = jobs.submit(arguments, address=ray_head.address, wait=True, say=quiet)
+        assert found["status"] == "SUCCEEDED"
+        assert found["tracking_uri"] == server.uri
+        document = frontier.build(found["result"]["run_id"], tracking_uri=server.uri, out=tmp_path / "mine", say=quiet)
+    assert document["hypervolume"] == found["result"]["hypervolume"]
+    assert (tmp_path / "mine" / "frontier.png").stat().st_size > 10_000
+    assert len(points(folder)) == 3
+
+
+def test_mlflow_that_goes_away_costs_nothing(study: Study, tmp_path: Path) -> None:
+    """The server dies mid-search: the search ends well, says so once, and --sync delivers later."""
+    lines: list[str] = []
+    folder = tmp_path / "search"
+    server = Server(tmp_path)
+    with server:
+        config = study.load(folder, "search.trials=3", "search.sampler=random", SPACE, f"track.uri={server.uri}")
+
+        def say(line: str) -> None:
+            lines.append(line)
+            if line.startswith("[1/3]"):
+                server.kill()
+
+        document = search.run(config, say=say)
+    assert sum("is away" in line for line in lines) == 1
+    assert document["trials"]["failed"] == 0
+    with server:
+        synced = frontier.build(str(folder), tracking_uri=server.uri, sync=True, say=lines.append)
+        from_server = frontier.build(synced["run_id"], tracking_uri=server.uri, out=tmp_path / "mine", say=lines.append)
+    assert from_server["hypervolume"] == document["hypervolume"]
