@@ -44,6 +44,23 @@ class Shared:
         return replace(self, baseline=baseline)
 
 
+def absolute(config: RunConfig) -> RunConfig:
+    """The config with local input paths made absolute: a Ray worker runs in another working folder."""
+
+    def path(value: str | None) -> str | None:
+        local = value and value != "prepared" and Path(value).expanduser().exists()
+        return str(Path(str(value)).expanduser().absolute()) if local else value
+
+    data, model = config.benchmark, config.model
+    return replace(
+        config,
+        benchmark=replace(data, forget=path(data.forget), retain=path(data.retain), data_dir=path(data.data_dir)),
+        model=replace(model, path=path(model.path) or model.path),
+        retain_model=path(config.retain_model),
+        prepare=replace(config.prepare, base=path(config.prepare.base)),
+    )
+
+
 def tokenise(tokenizer: Any, rows: tuple[Row, ...], model: nn.Module, config: ModelConfig) -> tuple[TokenRow, ...]:
     """Rows as tokens, with the template and the length limit of the model."""
     limit = models.max_length(model)

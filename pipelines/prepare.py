@@ -29,7 +29,7 @@ from gru_core.objectives.learn import Learn
 from gru_core.parallel import Group, unwrap, wrap
 from gru_core.step import Rows
 from pipelines import journal, ray_start, settings
-from pipelines.inputs import tokenise
+from pipelines.inputs import absolute, tokenise
 from pipelines.launch import Report, launch
 from pipelines.narrate import watching
 
@@ -101,6 +101,7 @@ def run(config: RunConfig, *, say: Say) -> Prepared:
         models.check_model_folder(config.prepare.base, "prepare.base")
     gpus = ray_start.connect(config.train, say) if config.train.workers else 0.0
     where.target.parent.mkdir(parents=True, exist_ok=True)
+    config = absolute(config)
     orders = [_Order(config, name, getattr(where, name)) for name in missing]
     say(f"training {' and '.join(missing)} model, {config.prepare.steps} steps each, into {where.target.parent}")
     with watching(_teller(orders, say), every=2.0):
@@ -113,7 +114,8 @@ def run(config: RunConfig, *, say: Say) -> Prepared:
 
 
 def resolve(config: RunConfig, *, say: Say) -> RunConfig:
-    """The config with ``prepared`` replaced by folders; trains what is missing."""
+    """The config with ``prepared`` replaced by folders, and every input path absolute; trains what is missing."""
+    config = absolute(config)
     if "prepared" not in (config.model.path, config.retain_model):
         return config
     where = run(config, say=say)

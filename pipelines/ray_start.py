@@ -1,9 +1,14 @@
-"""Joins the Ray cluster at hand, or starts a local one, and refuses what it cannot hold before waiting."""
+"""Ray for this process: join the cluster at ``RAY_ADDRESS`` or start one here; refuse what it cannot hold.
+
+Everything that Ray prints or reports by itself is switched off unless ``--verbose`` was given.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import json
+import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +16,30 @@ from typing import Any
 from gru_core.config import TrainConfig
 from gru_core.errors import InputError
 from pipelines import capacity
+from pipelines.console import verbose
 from pipelines.launch import QUIET
 
 Say = Callable[[str], None]
 
+SWITCHES = {
+    **QUIET,
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the same in every process
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep their own journals
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is one line of ours
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints tables even when told to be silent
+}
+REACH_S = 5.0
+"""Longest wait for a connection to a cluster that is named."""
+
 
 def connect(train: TrainConfig, say: Say) -> float:
-    """Make Ray ready for ``train``.
+    """Make Ray ready for ``train``; does nothing twice.
 
     Returns:
         GPUs of each worker (of each trial with ``workers: 0``).
 
     Raises:
-        InputError: the cluster cannot be reached, or has too few CPUs or GPUs.
+        InputError: the cluster cannot be reached or refuses us, or has too few CPUs or GPUs.
     """
     start(say)
     import ray
@@ -34,33 +50,85 @@ def connect(train: TrainConfig, say: Say) -> float:
 
 
 def start(say: Say) -> None:
-    """``ray.init``: the cluster of ``RAY_ADDRESS`` (set inside a Ray job), else one on this machine."""
-    for name, value in QUIET.items():
+    """Joins the cluster at ``RAY_ADDRESS``, or starts Ray on this machine; nothing where it runs already.
+
+    Raises:
+        InputError: the cluster at ``RAY_ADDRESS`` cannot be reached, or refuses us.
+    """
+    for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    verbose = os.environ.get("GRU_VERBOSE") == "1"
-    options: dict[str, Any] = {"log_to_driver": verbose, "configure_logging": verbose}
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        say("starting Ray on this machine")
-        options |= {"include_dashboard": False}
+    _quiet_loggers()
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    _check_address(address)
+    say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
+    options: dict[str, Any] = {"log_to_driver": verbose(), "logging_level": _level()}
+    if address:
+        options |= {"address": address, "runtime_env": {"env_vars": _new_variables()}}
+    else:
+        options |= {"address": "local", "include_dashboard": False}
+    _private_token()
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"no Ray cluster answers at {address or 'this machine'}: {reason}") from error
-    _tighten_token()
+        if not address:
+            raise
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {line[:200]}") from None
+    finally:
+        _private_token()
 
 
-def _tighten_token() -> None:
-    """Ray writes its token readable for all; it is a password."""
-    with contextlib.suppress(OSError):
-        token = Path.home() / ".ray" / "auth_token"
-        if token.exists():
+def _level() -> str:
+    return "INFO" if verbose() else "ERROR"
+
+
+def _quiet_loggers() -> None:
+    if not verbose():
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # "Trials did not complete" is said by us
+
+
+def _check_address(address: str) -> None:
+    """A cluster that does not answer is told within seconds; Ray itself tries for a minute."""
+    if not address or address in ("auto", "local"):
+        return
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"RAY_ADDRESS: got {address!r}, a dashboard, which takes jobs (`gru submit`); allowed here: auto, "
+            "HOST:6379, ray://HOST:10001, or unset for this machine"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"RAY_ADDRESS: got {address!r}, allowed: auto, HOST:6379, ray://HOST:10001, or unset")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+    except OSError as error:
+        raise InputError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error.strerror or error})") from None
+
+
+def _new_variables() -> dict[str, str]:
+    """Switches for the workers of a cluster, less those that a Ray job has set for us: Ray refuses both."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    taken = (job.get("runtime_env") or {}).get("env_vars") or {}
+    names = (*SWITCHES, "GRU_VERBOSE", "TOKENIZERS_PARALLELISM", "MLFLOW_DISABLE_TELEMETRY")
+    return {name: os.environ[name] for name in names if name in os.environ and name not in taken}
+
+
+def _private_token() -> None:
+    """Ray writes its token readable for everybody; the owner alone is meant to have it."""
+    folder = Path.home() / ".ray"
+    try:
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+        token = folder / "auth_token"
+        if token.exists() and token.stat().st_mode & 0o077:
             token.chmod(0o600)
+    except OSError:  # a home that cannot be written holds no token of Ray's either
+        return
 
 
 def gpus_per_worker(train: TrainConfig, in_cluster: float) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import importlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,12 +38,6 @@ from pipelines.space import Family
 
 Say = Callable[[str], None]
 
-SWITCHES = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the same in every process
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep their own journals
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is one line of ours
-    "RAY_AIR_NEW_OUTPUT": "0",  # prints tables even when told to be silent
-}
 FREE = ("output.", "track.", "train.max_failures", "search.concurrent")
 """Settings that may differ when a search is resumed: they change no result."""
 
@@ -145,8 +138,6 @@ def _complete(folder: Path, families: Sequence[Family]) -> bool:
 @contextmanager
 def _ray(config: RunConfig, say: Say) -> Iterator[float]:
     """Ray with room for one trial at least; gives the GPUs of each worker. Ends what it started."""
-    for name, value in SWITCHES.items():
-        os.environ.setdefault(name, value)
     import ray
 
     from pipelines import ray_start

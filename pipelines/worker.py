@@ -18,6 +18,7 @@ from gru_core.loop import Hooks, Run
 from gru_core.metrics import Baseline, Evaluation, evaluate, trade_off
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, current_group, unwrap, wrap
+from gru_core.rectify import RULES
 from gru_core.step import Rows
 from pipelines import inputs, settings
 from pipelines.inputs import Shared
@@ -156,8 +157,14 @@ class _Work:
         self.journal = Journal(self.folder)
         scored = {"gru.include_scored": str(self.config.retain.include_scored).lower()}
         self.journal.run(name, {"gru.benchmark": self.shared.benchmark.name} | scored | tags)
-        self.journal.params(settings.flat(self.config))
+        self.journal.params(self._params())
         self.journal.artifact("config.yaml")
+
+    def _params(self) -> dict[str, Any]:
+        """The config, flat, less the settings of ``rectify`` that the chosen rule does not read."""
+        read = {"rule", *RULES[self.config.rectify.rule](self.config.rectify).uses}
+        flat = settings.flat(self.config)
+        return {k: v for k, v in flat.items() if not k.startswith("rectify.") or k.split(".")[1] in read}
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.journal:

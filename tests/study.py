@@ -14,9 +14,26 @@ from typing import Any
 
 from pipelines import prepare, settings
 
-WORDS = (
-    "amber birch cedar delta ember fjord grove heath inlet jetty knoll lagoon mesa north oasis prairie quay ridge"
-).split()
+WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "heath",
+    "inlet",
+    "jetty",
+    "knoll",
+    "lagoon",
+    "mesa",
+    "north",
+    "oasis",
+    "prairie",
+    "quay",
+    "ridge",
+]
 
 CONFIG = """
 benchmark: {name: jsonl, forget: FOLDER/forget.jsonl, retain: FOLDER/retain.jsonl}
