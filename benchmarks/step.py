@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gru_core.batch import TokenRow
+from gru_core.batch import TokenRow, collate
 from gru_core.config import ModelConfig, RunConfig, UnlearnConfig
+from gru_core.logprobs import answer_counts, answer_nll
 from gru_core.models import set_dropout
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group
@@ -36,7 +37,7 @@ from gru_core.step import Rows, Step, build_optimizer
 
 SHAPES: dict[str, dict[str, int]] = {
     "24m": {
-        "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1280,
+        "hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 1280,
         "vocab_size": 8192,
     },
     "1b": {
@@ -88,8 +89,8 @@ def step_of(kind: str, args: argparse.Namespace, device: torch.device) -> tuple[
 
 
 def _backward(model: nn.Module, step: Step, device: torch.device) -> Callable[[int, str], None]:
-    """Loss and backward of one stream, as one writes them without any library."""
-    from gru_core.batch import collate
+    """Loss and backward of one stream; the loss itself is computed as our step computes it, so that the
+    comparison is about the step."""
 
     def run(number: int, stream: str) -> None:
         data, order = (step.forget, step.forget_stream) if stream == "forget" else (step.retain, step.retain_stream)
@@ -97,9 +98,8 @@ def _backward(model: nn.Module, step: Step, device: torch.device) -> Callable[[i
         batch = collate([data.rows[i] for i in order.rows(number)], range(step.config.unlearn.batch_size), 0).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False).logits
-        shifted = batch.labels_BT[:, 1:]
-        answers = shifted != -100
-        loss = nn.functional.cross_entropy(logits[:, :-1][answers].float(), shifted[answers])
+        loss = answer_nll(logits, batch.labels_BT).sum() / answer_counts(batch.labels_BT).sum()
+        del logits  # as in our step: what the backward pass does not need is gone before it
         (loss if stream == "retain" else -loss).backward()
         float(loss.detach())  # a loop logs its loss
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +56,11 @@ def run(command: str, cwd: Path, environment: dict[str, str]) -> Said:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """An empty working folder with a model cache of its own, and no settings from outside."""
     folder = tmp_path_factory.mktemp("readme")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "GRU_", "OMP_"))}
-    yield folder, kept | {"GRU_CACHE": str(folder / "cache")}
+    return folder, kept | {"GRU_CACHE": str(folder / "cache")}
 
 
 def test_the_readme_names_every_command() -> None:
