@@ -46,13 +46,14 @@ class Checkpoint:
 def latest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint under ``folder``; a damaged one is passed over."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        found = _read(candidate)
+        found = read(candidate)
         if found is not None:
             return found
     return None
 
 
-def _read(folder: Path) -> Checkpoint | None:
+def read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in ``folder``, or None where it is damaged."""
     try:
         state = json.loads((folder / "state.json").read_text())
         whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
@@ -106,10 +107,10 @@ def _sync(path: Path) -> None:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name, contiguous."""
+    """Parameters (tied ones once) and persistent buffers by name: the tensors themselves, not copies."""
     kept = model.state_dict().keys()
     named = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
-    return {name: t.detach().contiguous() for name, t in named.items()}
+    return {name: t.detach() for name, t in named.items()}
 
 
 def _write(
@@ -120,7 +121,8 @@ def _write(
     reference: torch.Tensor | None,
 ) -> None:
     model.config.save_pretrained(part)  # type: ignore[union-attr, operator]
-    save_file(weights(model), part / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: t.contiguous() for name, t in weights(model).items()}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     moments = {
         f"{number}.{name}": torch.as_tensor(value).detach().contiguous()
         for number, values in optimizer.state_dict()["state"].items()

@@ -87,7 +87,7 @@ class UnlearnConfig:
     """Rows of each stream (forget, retain) per optimizer step, over all workers."""
     lr: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or down to 0 at the last step."""
+    """Learning rate after warm-up: constant, or falling to (almost) 0 at the last step."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
@@ -315,7 +315,7 @@ class SearchConfig:
             "null or from 1",
         )
         known = {"unlearning", "retention"}
-        ok = 0 < len(self.metrics) <= 2 and set(self.metrics) <= known
+        ok = 0 < len(set(self.metrics)) == len(self.metrics) and set(self.metrics) <= known
         _check(ok, "search.metrics", list(self.metrics), "unlearning, retention, or both")
 
 

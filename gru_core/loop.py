@@ -27,12 +27,10 @@ class Hooks:
     Attributes:
         log: ``(step, metrics)`` after every step, counted from 1.
         evaluate: ``(step)``: measure the model as it stands; must leave training state alone.
-        saved: ``(step)`` after a checkpoint was written.
     """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     evaluate: Callable[[int], None] = lambda step: None
-    saved: Callable[[int], None] = lambda step: None
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Outcome:
 
 @torch.no_grad()
 def reference_losses(losses: Losses, data: Rows, group: Group) -> torch.Tensor:
-    """Summed NLL of every row under the model as it stands, (n,) float32 on the CPU, the same on every rank.
+    """Summed NLL of every row under the model as it stands, (n,) float64 on the CPU, the same on every rank.
 
     Taken once, before the first step: the frozen starting model then needs no second copy in memory.
     """
@@ -82,17 +80,27 @@ class Run:
         hooks: Hooks,
         folder: Path | None = None,
     ) -> None:
-        set_dropout(unwrap(model), config.unlearn.dropout)
         self.config, self.group, self.hooks, self.folder = config, group, hooks, folder
-        found = checkpoint.latest(folder) if folder else None
+        found = self._found()
+        set_dropout(unwrap(model), False)  # the reference is the model itself, not a draw of it
         if objective.needs_reference and found is None:
             losses = Losses(model, config.model, group, config.train.micro_batch)
             forget = Rows(forget.rows, reference_losses(losses, forget, group))
+        set_dropout(unwrap(model), config.unlearn.dropout)
         self.step = Step(model, config, objective, forget, retain, group)
         self.start = 0
+        self._ended = False
         self._probe_start: float | None = None
         if found is not None:
             self._resume(found)
+
+    def _found(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint as rank 0 sees it: on shared storage others may still see an older one."""
+        if self.folder is None:
+            return None
+        mine = checkpoint.latest(self.folder) if self.group.rank == 0 else None
+        name = self.group.gather(mine.folder.name if mine else None)[0]
+        return checkpoint.read(self.folder / name) if name else None
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         step = self.step
@@ -101,6 +109,7 @@ class Run:
         step.forget = Rows(step.forget.rows, reference)
         self.start = found.step
         self._probe_start = found.state["probe_start"]
+        self._ended = found.state["collapsed"]
 
     def __call__(self) -> Outcome:
         """Run to the end, from the last checkpoint where there is one.
@@ -110,6 +119,8 @@ class Run:
             StorageError: a checkpoint could not be written.
         """
         settings = self.config.unlearn
+        if self._ended:  # killed between its last checkpoint and its result
+            return Outcome("collapsed", self.start)
         if self.start == 0:
             self.hooks.evaluate(0)
             self._probe_start = self._probe()
@@ -125,7 +136,7 @@ class Run:
             if last or due:
                 self.hooks.evaluate(done)
             if last or done % self.config.train.checkpoint_every == 0:
-                self._save(done)
+                self._save(done, collapsed)
             if collapsed:
                 return Outcome("collapsed", done)
         return Outcome("finished", settings.steps)
@@ -133,7 +144,11 @@ class Run:
     def _probe(self) -> float | None:
         if self.step.reads_retain or not self.step.retain.rows:
             return None
-        return self.step.probe()
+        model = unwrap(self.step.model)
+        set_dropout(model, False)
+        loss = self.step.probe()
+        set_dropout(model, self.config.unlearn.dropout)
+        return loss
 
     def _collapsed(self, metrics: dict[str, float]) -> bool:
         """Whether the retain loss has left a multiple of its start (of 1 nat, where it started below)."""
@@ -143,13 +158,12 @@ class Run:
             return False
         return loss > self.config.unlearn.collapse * max(1.0, start)
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, collapsed: bool) -> None:
         if self.folder is None:
             return
         step = self.step
         if self.group.rank == 0:
-            state = step.state() | {"probe_start": self._probe_start}
+            state = step.state() | {"probe_start": self._probe_start, "collapsed": collapsed}
             reference = step.forget.reference
             checkpoint.save(self.folder, done, step.model, step.optimizer, step.momentum, state, reference)
         self.group.barrier()
-        self.hooks.saved(done)

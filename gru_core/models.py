@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from gru_core.config import ModelConfig, PrepareConfig
@@ -66,15 +67,21 @@ def load_model(path: str, config: ModelConfig, what: str = "model.path") -> nn.M
         warnings.warn("model.dtype pure_bfloat16: small updates are lost to rounding", stacklevel=2)
     source = str(Path(path).expanduser()) if _is_folder(path) else path
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=weight_dtype(config),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=_is_folder(path),
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{what}: cannot load {path!r}: {_first_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise InputError(f"{what}: {path!r} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}")
+    return model
 
 
 def load_tokenizer(path: str, what: str = "model.path") -> Any:
@@ -165,13 +172,15 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def pack_weights(model: Any) -> tuple[str, dict[str, Any]]:
     """Config JSON and weights as NumPy arrays, to share through an object store without copies.
 
-    Tied tensors appear once each; bf16 travels as its int16 bits.
+    Tied tensors appear under each of their names; bf16 travels as its int16 bits.
     """
     arrays = {
         name: (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
         for name, t in model.state_dict().items()
     }
-    return json.dumps(model.config.to_dict() | {"_class": type(model).__name__}), arrays
+    generation = model.generation_config.to_dict() if model.generation_config is not None else None
+    shape = model.config.to_dict() | {"_class": type(model).__name__, "_generation": generation}
+    return json.dumps(shape), arrays
 
 
 def unpack_weights(packed: tuple[str, dict[str, Any]], config: ModelConfig) -> nn.Module:
@@ -179,7 +188,7 @@ def unpack_weights(packed: tuple[str, dict[str, Any]], config: ModelConfig) -> n
     import transformers
 
     shape = json.loads(packed[0])
-    name = shape.pop("_class")
+    name, generation = shape.pop("_class"), shape.pop("_generation")
     kind = getattr(transformers, name)
     # Built without initialisation: every weight is overwritten below, and the global RNG is not consumed.
     with torch.random.fork_rng():
@@ -193,4 +202,6 @@ def unpack_weights(packed: tuple[str, dict[str, Any]], config: ModelConfig) -> n
             tensor.view(torch.bfloat16) if dtype == torch.bfloat16 and tensor.dtype == torch.int16 else tensor
         )
     model.load_state_dict(weights)
+    if generation is not None:  # its end-of-turn tokens end a generation
+        model.generation_config = transformers.GenerationConfig.from_dict(generation)
     return model

@@ -60,7 +60,8 @@ class Drift:
 
 
 def learning_rate(config: UnlearnConfig, step: int) -> float:
-    """Learning rate of ``step`` (from 0): linear warm-up, then constant, or linear or cosine towards 0."""
+    """Learning rate of ``step`` (from 0): linear warm-up, then constant, or down a line or cosine that would
+    reach 0 one step behind the last."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -98,15 +99,20 @@ class Losses:
     def batches(self, data: Rows, positions: Sequence[int]) -> list[TokenBatch]:
         """Micro-batches of this rank's share of ``positions``."""
         mine = self.group.share(positions)
-        size = self.micro_batch or len(mine)
+        size = self.micro_batch or max(1, len(mine))
         chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
         return [collate([data.rows[i] for i in chunk], chunk, self._pad) for chunk in chunks]
 
     def forward(self, batch: TokenBatch, reference: torch.Tensor | None = None) -> AnswerLosses:
-        """Answer losses of one micro-batch. The forward goes through DDP where there is one."""
+        """Answer losses of one micro-batch.
+
+        With gradients the forward goes through DDP, where there is one. Without, it goes past it: DDP may start a
+        collective in its forward, and a rank without rows would leave the others waiting in it.
+        """
         batch = batch.to(self.group.device)
+        model = self.model if torch.is_grad_enabled() else unwrap(self.model)
         with torch.autocast(self.group.device.type, self._autocast, enabled=self._autocast is not None):
-            logits_BTV = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False).logits
+            logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False).logits
         nll_BT1 = answer_nll(logits_BTV, batch.labels_BT)
         known_B = None if reference is None else reference[batch.index_B.cpu()].to(nll_BT1)
         return AnswerLosses(nll_BT1, answer_counts(batch.labels_BT), known_B)
@@ -188,6 +194,8 @@ class Step:
             NonFiniteError: a loss or the Gram matrix is not finite; no weight was changed.
         """
         ema = self.config.rectify.ema
+        if self.config.unlearn.dropout:  # the same masks after a resume, other ones on each rank
+            torch.manual_seed(hash((self.config.train.seed, self.group.rank, step)) % 2**63)
         retain_part = self._retain_pass(step, ema) if self.reads_retain else 0.0
         forget_part = self._forget_pass(step)
         retain_loss, forget_loss = self.group.sum([retain_part, forget_part])

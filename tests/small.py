@@ -52,16 +52,21 @@ def config(
 
 
 def build(
-    cfg: RunConfig, net: nn.Module, group: Group | None = None, hooks: Hooks | None = None, folder: Any = None
+    cfg: RunConfig,
+    net: nn.Module,
+    group: Group | None = None,
+    hooks: Hooks | None = None,
+    folder: Any = None,
+    forget: int = 12,
 ) -> Run:
-    """A run over 12 forget rows and 28 retain rows."""
+    """A run over the first rows as forget set and the last 28 as retain set."""
     rows = token_rows()
     group = group or Group()
     return Run(
         wrap(net, group),
         cfg,
         build_objective(cfg.unlearn),
-        Rows(rows[:12]),
+        Rows(rows[:forget]),
         Rows(rows[12:]),
         group,
         hooks or Hooks(),

@@ -64,7 +64,7 @@ def test_generators_are_restored(tmp_path: Path) -> None:
     net = small.model()
     run = small.build(small.config(1), net)
     run()
-    checkpoint.save(tmp_path, 1, net, run.step.optimizer, None, run.step.state() | {"probe_start": None})
+    checkpoint.save(tmp_path, 1, net, run.step.optimizer, None, run.step.state())
     want = (torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)])
     found = checkpoint.latest(tmp_path)
     assert found is not None
@@ -114,6 +114,41 @@ def test_a_full_disk_names_the_last_whole_checkpoint(tmp_path: Path, monkeypatch
         small.build(small.config(20), small.model(), folder=tmp_path)()
     assert [f.name for f in tmp_path.iterdir()] == ["step-00000005"]
     assert checkpoint.latest(tmp_path) is not None
+
+
+def test_a_collapse_is_remembered(tmp_path: Path) -> None:
+    """A run that died between its collapse and its result is still collapsed, and takes no further step."""
+    cfg = small.config(200, objective="ga", lr=0.3, collapse=1.5, clip=None, rectify={"rule": "none"})
+    outcome = small.build(cfg, small.model(), folder=tmp_path)()
+    assert outcome.status == "collapsed"
+    steps: list[int] = []
+    again = small.build(cfg, small.model(), hooks=Hooks(log=lambda s, m: steps.append(s)), folder=tmp_path)()
+    assert again == outcome
+    assert not steps
+
+
+def test_resume_with_dropout_draws_the_same_masks(tmp_path: Path) -> None:
+    def net() -> Any:
+        model = small.model()
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            layer.self_attn.attention_dropout = 0.3
+        return model
+
+    cfg = small.config(20, dropout=True)
+    whole, resumed, without = net(), net(), net()
+    small.build(cfg, whole)()
+    small.build(small.config(20), without)()
+    assert not torch.equal(small.weights(whole), small.weights(without)), "dropout did nothing"
+
+    def log(done: int, metrics: dict[str, float]) -> None:
+        if done == 13:
+            raise Killed
+
+    with pytest.raises(Killed):
+        small.build(cfg, net(), hooks=Hooks(log=log), folder=tmp_path)()
+    torch.manual_seed(4)
+    small.build(cfg, resumed, folder=tmp_path)()
+    assert torch.equal(small.weights(whole), small.weights(resumed))
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -81,6 +81,31 @@ def test_pickled_weights_and_missing_folders_are_refused(folder: Path, tmp_path:
         models.load_model("/no/such/model", ModelConfig())
 
 
+def test_truncated_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would fill a missing tensor with random numbers and go on."""
+    from safetensors.torch import load_file, save_file
+
+    truncated, incomplete = tmp_path / "truncated", tmp_path / "incomplete"
+    for copy in (truncated, incomplete):
+        shutil.copytree(folder, copy)
+    data = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(InputError, match="cannot load"):
+        models.load_model(str(truncated), ModelConfig())
+    tensors = load_file(incomplete / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of the model's tensors, such as 'model\.norm\.weight'"):
+        models.load_model(str(incomplete), ModelConfig())
+
+
+def test_generation_settings_travel(folder: Path) -> None:
+    net = models.load_model(str(folder), ModelConfig())
+    net.generation_config.eos_token_id = [3, 7]  # type: ignore[union-attr]
+    copy = models.unpack_weights(models.pack_weights(net), ModelConfig())
+    assert copy.generation_config.eos_token_id == [3, 7]  # type: ignore[union-attr]
+
+
 def test_remote_code_is_not_run(folder: Path, tmp_path: Path) -> None:
     """A folder whose config asks for code of its own is refused, and the code never runs."""
     evil = tmp_path / "evil"

@@ -18,7 +18,12 @@ CASES: list[dict[str, Any]] = [
     {"objective": "ga", "rectify": {"strength": 2.0, "ema": 1.0}, "train": {"micro_batch": 2}},
     {"objective": "wga", "rectify": {"rule": "sum", "retain_weight": 1.0}, "batch_size": 7},
     {"objective": "simnpo", "rectify": {"rule": "none"}, "train": {"micro_batch": 3}},
+    {"objective": "npo", "rectify": {"rule": "none"}, "forget": 1},  # a rank without a reference row
 ]
+
+
+def settings(case: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in case.items() if k != "forget"}
 
 
 def _rank(rank: int, size: int, store: str, out: str) -> None:
@@ -28,7 +33,7 @@ def _rank(rank: int, size: int, store: str, out: str) -> None:
     results = []
     for case in CASES:
         net = small.model(torch.float64)
-        small.build(small.config(20, **case), net, group)()
+        small.build(small.config(20, **settings(case)), net, group, forget=case.get("forget", 12))()
         results.append(small.weights(net))
     torch.save(results, f"{out}-{rank}")
     parts = group.gather_shared(group.share(list(range(7))))
@@ -44,7 +49,7 @@ def test_two_workers_are_one(tmp_path: Path) -> None:
     for case, a, b in zip(CASES, first, second, strict=True):
         assert torch.equal(a, b), f"ranks differ: {case}"
         net = small.model(torch.float64)
-        small.build(small.config(20, **case), net)()
+        small.build(small.config(20, **settings(case)), net, forget=case.get("forget", 12))()
         alone, start = small.weights(net), small.weights(small.model(torch.float64))
         relative = (a - alone).norm() / (alone - start).norm()
         assert relative < 1e-8, f"{case}: {relative:.2e} of the update's norm"
