@@ -7,7 +7,9 @@ that ``gru --help`` answers at once.
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -270,7 +272,18 @@ def ui(
     module.run(tracking_uri=tracking_uri, host=host, port=port, say=print)
 
 
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM (``gru submit stop``, a batch system's time limit) does what Ctrl-C does at that moment."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt):
+        interrupt(signal.SIGINT, frame)
+    else:  # a process in the background may be deaf to Ctrl-C
+        raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: runs one command and exits with its code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     given = list(sys.argv[1:] if arguments is None else arguments)
     exits.guarded(lambda: typer.main.get_command(app).main(given, prog_name="gru", standalone_mode=False))

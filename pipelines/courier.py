@@ -27,7 +27,8 @@ def deliver_all(delivery: Delivery, folder: Path) -> tuple[int, list[str]]:
     """Delivers what is new in the folder and its trials.
 
     Returns:
-        The number of journal lines delivered, and a line for each run that the store refused.
+        The number of journal lines delivered, and a line for each run that the store refused and each artifact
+        that it did not take.
 
     Raises:
         Exception: the store is away, or failed; what was not delivered is delivered by the next call.
@@ -45,6 +46,7 @@ def deliver_all(delivery: Delivery, folder: Path) -> tuple[int, list[str]]:
             if getattr(error, "error_code", None) not in REFUSED:
                 raise
             refused.append(f"{each.name}: {reason(error)}")
+        refused += delivery.unsent(each)
     return count, refused
 
 
@@ -125,6 +127,7 @@ class Courier:
             if self._thread.is_alive() or done or (attempt and self._away is None):
                 break
             time.sleep(attempt)
+            self._delivery.retry()
             done = self.flush()
         for line in (*dict.fromkeys(self._delivery.notes), *self._refused):
             self._say(f"MLflow: {line}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import getpass
 import json
+import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines import journal
 from pipelines.stores import hide
-from pipelines.tracking import KEY, PARENT, Mlflow, Point
+from pipelines.tracking import KEY, PARENT, Mlflow, Point, reason
 
 STATUS = {
     "finished": "FINISHED",
@@ -33,6 +34,8 @@ class _Stand:
     run_id: str
     offset: int = 0
     status: str = ""
+    unsent: dict[str, str] = field(default_factory=dict)
+    """Artifacts that the artifact store did not take -> why."""
 
 
 class Delivery:
@@ -101,20 +104,40 @@ class Delivery:
         return stand.run_id if stand else None
 
     def pending(self, folder: Path) -> bool:
-        """Whether the folder's journal has more than was delivered."""
+        """Whether the folder's journal has more than was delivered, artifacts included."""
+        return self._grown(folder) or (folder in self._stands and bool(self._stands[folder].unsent))
+
+    def _grown(self, folder: Path) -> bool:
         try:
             size = (folder / journal.NAME).stat().st_size
         except OSError:
             return False
         return folder not in self._stands or size > self._stands[folder].offset
 
+    def unsent(self, folder: Path) -> list[str]:
+        """A line for each artifact of the folder that could not be stored."""
+        stand = self._stands.get(folder)
+        return [f"{folder.name}: artifact {path}: {why}" for path, why in stand.unsent.items()] if stand else []
+
+    def retry(self, within_s: float = 10.0) -> None:
+        """Tries artifacts that could not be stored again, for so many seconds (one that hangs is not cut off)."""
+        until = time.monotonic() + within_s
+        for folder, stand in self._stands.items():
+            for path in list(stand.unsent):
+                if time.monotonic() > until:
+                    return
+                self._upload(stand, folder, path)
+
     def deliver(self, folder: Path, parent_id: str | None = None) -> int:
         """Delivers the lines past the last delivery; on any error the same lines are delivered next time.
+
+        An artifact that cannot be stored holds nothing up: artifacts often go to a place of their own (a bucket, a
+        folder) that can be closed while the tracking store is open. :meth:`retry` tries it again.
 
         Returns:
             The number of lines delivered.
         """
-        if not self.pending(folder):
+        if not self._grown(folder):
             return 0
         run_id = self.open_run(folder, parent_id)
         if run_id is None:
@@ -128,7 +151,7 @@ class Delivery:
         if cut:
             self.notes.append(f"{folder.name}: cut to the length that MLflow stores: {', '.join(cut)}")
         for path in dict.fromkeys(entry["path"] for entry in entries if entry["kind"] == "artifact"):
-            self._upload(run_id, folder, path)
+            self._upload(stand, folder, path)
         if status != stand.status:
             if status in STATUS:
                 self.store.client.set_terminated(run_id, STATUS[status], end_time=ended)
@@ -138,13 +161,17 @@ class Delivery:
         stand.offset = offset
         return len(entries)
 
-    def _upload(self, run_id: str, folder: Path, path: str) -> None:
+    def _upload(self, stand: _Stand, folder: Path, path: str) -> None:
+        stand.unsent.pop(path, None)
         file = (folder / path).resolve()
         if not file.is_relative_to(folder.resolve()) or not file.exists():
             self.notes.append(f"{folder.name}: artifact {path} is not in the run folder")
             return
         under = Path(path).parent.as_posix()
-        self.store.upload(run_id, file, None if under == "." else under)
+        try:
+            self.store.upload(stand.run_id, file, None if under == "." else under)
+        except Exception as error:  # each kind of artifact store has errors of its own
+            stand.unsent[path] = reason(error)
 
 
 def _sort(

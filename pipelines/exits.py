@@ -50,7 +50,9 @@ def explain(error: BaseException) -> tuple[int, str]:
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what led to it. Ray wraps an error in a copy of its class: what it wraps comes in its place."""
     inner: BaseException | None = error
-    while inner is not None:
+    seen: set[int] = set()
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
         wrapped = getattr(inner, "cause", None)
         if not isinstance(wrapped, BaseException):
             yield inner

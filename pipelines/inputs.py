@@ -16,6 +16,7 @@ from gru_core.benchmarks.base import Benchmark
 from gru_core.config import ModelConfig, RunConfig
 from gru_core.metrics import Baseline, Evaluation, evaluate
 from gru_core.parallel import Group
+from pipelines.stores import hide
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
+def without_secrets(config: RunConfig) -> RunConfig:
+    """The config as it may be written: ``track.uri`` without user name and password."""
+    uri = config.track.uri
+    return config if uri is None else replace(config, track=replace(config.track, uri=hide(uri)))
+
+
 def tokenise(tokenizer: Any, rows: tuple[Row, ...], model: nn.Module, config: ModelConfig) -> tuple[TokenRow, ...]:
     """Rows as tokens, with the template and the length limit of the model."""
     limit = models.max_length(model)
@@ -91,14 +98,9 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
     if config.retain_model is not None:
         other = models.load_model(config.retain_model, config.model, "retain_model").to(group.device)
         tokenizer = models.load_tokenizer(config.retain_model, "retain_model")
-        without_quality = replace(
-            config.evaluate, metrics=tuple(m for m in config.evaluate.metrics if m != "forget_quality")
-        )
         # The reference of forget quality is the retain model itself: its truth ratios are measured here.
-        needs = "forget_quality" in config.evaluate.metrics
-        settings = replace(
-            without_quality, metrics=(*without_quality.metrics, *(("forget_truth_ratio",) if needs else ()))
-        )
+        names = ("forget_truth_ratio" if name == "forget_quality" else name for name in config.evaluate.metrics)
+        settings = replace(config.evaluate, metrics=tuple(dict.fromkeys(names)))
         retain = evaluate(other, tokenizer, shared.benchmark, settings, config.model, group=group)
         del other
     reference = retain.measurements if retain else None

@@ -8,11 +8,17 @@ every worker at the same moments, and its return value on rank 0 is the result. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gru_core.config import TrainConfig
+from gru_core.errors import InputError
 from gru_core.parallel import Group, current_group
 
 R = TypeVar("R")
@@ -25,6 +31,16 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+REFUSAL_S = 10.0
+"""Longest wait for the other workers to meet the same bad input."""
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Bad input that every worker met: a value, since Ray Train would start the workers again on an error."""
+
+    error: InputError
 
 
 def silent(metrics: dict[str, Any]) -> None:
@@ -48,15 +64,17 @@ def launch(
         payload: picklable; large parts travel as Ray object references.
         folder: the run folder; Ray keeps its own state in ``folder/ray``.
         name: stable name of the Ray Train run.
-        gpus: GPUs of each worker.
+        gpus: GPUs of each worker; 0 stays on the CPU, wherever the task runs.
         in_tune: called from a Tune trial's driver function; reports then go to Tune.
         report: where the reports of a task in this process go.
 
     Raises:
+        InputError: what the task raised on every worker; not tried again.
         Exception: what the task raised on a worker, after ``train.max_failures`` restarts.
+        KeyboardInterrupt: Ctrl-C; the workers are gone.
     """
     if train.workers == 0:
-        return _here(task, payload, train, report)
+        return _here(task, payload, train, gpus, report)
     os.environ.update({k: os.environ.get(k, v) for k, v in QUIET.items()})
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -69,7 +87,7 @@ def launch(
     resources = {"CPU": float(train.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"task": task, "payload": payload, "threads": train.cpus_per_worker},
+        train_loop_config={"task": task, "payload": payload, "threads": train.cpus_per_worker, "gpus": gpus},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=train.workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
@@ -80,11 +98,35 @@ def launch(
             **_logging(),
         ),
     )
+    value = _fit(trainer)
+    if isinstance(value, _Refused):
+        raise value.error
+    return value
+
+
+def _fit(trainer: Any) -> Any:
+    """The return value of the workers' rank 0."""
+    with _interrupts():
+        try:
+            return trainer.fit().return_value
+        except SystemExit:  # how Ray Train's own handler of Ctrl-C ends this process
+            raise KeyboardInterrupt from None
+        except Exception as error:
+            cause = _cause(error)
+            if cause is error:
+                raise
+            raise cause from error
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Gives Ctrl-C back to whoever had it: Ray Train takes it, and keeps it, in the main thread."""
+    before = signal.getsignal(signal.SIGINT)
     try:
-        result: Any = trainer.fit()
-    except Exception as error:
-        raise _cause(error) from error
-    return result.return_value
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _logging() -> dict[str, Any]:
@@ -96,13 +138,13 @@ def _logging() -> dict[str, Any]:
     return {"logging_config": LoggingConfig(log_level="ERROR")}
 
 
-def _here(task: Task[R], payload: Any, train: TrainConfig, report: Report) -> R:
+def _here(task: Task[R], payload: Any, train: TrainConfig, gpus: float, report: Report) -> R:
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(train.cpus_per_worker)
     try:
-        return task(payload, current_group(), report)
+        return task(payload, current_group() if gpus else Group(), report)
     finally:
         torch.set_num_threads(before)
 
@@ -113,14 +155,44 @@ def _on_worker(settings: dict[str, Any]) -> Any:
     import torch
 
     torch.set_num_threads(settings["threads"])
-    group = current_group(ray.train.torch.get_device())
-    return settings["task"](settings["payload"], group, ray.train.report)
+    # Where no GPU was asked for, Ray still names the first one that it sees.
+    group = current_group(ray.train.torch.get_device() if settings["gpus"] else torch.device("cpu"))
+    meeting = _meeting(group)
+    try:
+        return settings["task"](settings["payload"], group, ray.train.report)
+    except InputError as error:
+        if not _all_refuse(group, meeting):
+            raise
+        return _Refused(error)
+
+
+def _meeting(group: Group) -> Any:
+    """A process group of its own for refusals: the task's may have unfinished business."""
+    if group.size == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=REFUSAL_S))
+
+
+def _all_refuse(group: Group, meeting: Any) -> bool:
+    """Whether every rank comes here: one that goes on alone would wait for this one until it times out."""
+    if group.size == 1:
+        return True
+    import torch.distributed as dist
+
+    try:
+        dist.monitored_barrier(meeting, timedelta(seconds=REFUSAL_S))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first worker's own exception behind Ray's wrappers; the error itself where there is none."""
+    """The exception behind Ray's wrappers: the first worker's, or the controller's; else the error itself."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return error
+        inner = getattr(error, "controller_failure", None)
+        return inner if isinstance(inner, BaseException) else error
     inner = failures[min(failures)]
     return getattr(inner, "_base_exc", inner)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +22,16 @@ from gru_core.batch import Row
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import RectifyConfig, RunConfig, UnlearnConfig
-from gru_core.errors import InputError
+from gru_core.errors import ConfigError, InputError
 from gru_core.loop import Hooks, Run
 from gru_core.objectives.learn import Learn
 from gru_core.parallel import Group, unwrap, wrap
 from gru_core.step import Rows
-from pipelines import journal, ray_start, settings
+from pipelines import identity, journal, ray_start, settings, siblings
 from pipelines.inputs import absolute, tokenise
 from pipelines.launch import Report, launch
 from pipelines.narrate import watching
+from pipelines.stores import hide
 
 Say = Callable[[str], None]
 _VERSION = 1
@@ -72,45 +72,82 @@ def key(config: RunConfig, benchmark: Benchmark) -> str:
         "version": _VERSION,
         "data": benchmark.fingerprint(),
         "scored": scored.hexdigest(),
-        "prepare": asdict(config.prepare),
+        "prepare": asdict(config.prepare) | {"base": identity.of_model(config.prepare.base)},
         "model": [config.model.dtype, config.model.system_prompt, config.model.chat_date],
         "seed": config.train.seed,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def folders(config: RunConfig) -> Prepared:
-    """Where the two models are, or would be."""
-    folder = cache_folder() / "models" / key(config, load_benchmark(config.benchmark))
+def folders(config: RunConfig, benchmark: Benchmark | None = None) -> Prepared:
+    """Where the two models are, or would be.
+
+    Args:
+        benchmark: that of ``config``, where it is loaded already.
+    """
+    config = absolute(config)
+    folder = cache_folder() / "models" / key(config, benchmark or load_benchmark(config.benchmark))
     target, retain = folder / "target", folder / "retain"
     return Prepared(target, retain, target.is_dir() and retain.is_dir())
 
 
+def check(config: RunConfig) -> None:
+    """What can be told before anything is made.
+
+    Raises:
+        InputError: no such base model, fewer rows a step than workers, or a type that a small model cannot have.
+    """
+    recipe, workers = config.prepare, config.train.workers
+    if recipe.batch_size < workers:
+        raise ConfigError("prepare.batch_size", recipe.batch_size, f"at least train.workers ({workers})")
+    if recipe.base is not None:
+        models.check_model_folder(recipe.base, "prepare.base")
+    elif config.model.dtype == "pure_bfloat16":
+        raise InputError("model.dtype: got 'pure_bfloat16', allowed for a model from scratch: float32, bfloat16")
+
+
 def run(config: RunConfig, *, say: Say) -> Prepared:
-    """Train whichever of the two models is not in the cache yet.
+    """Train whichever of the two models is not in the cache yet; waits where another process does that already.
 
     Raises:
         InputError: benchmark or base model cannot be read; more workers than the cluster has.
     """
-    where = folders(config)
-    missing = [name for name in ("target", "retain") if not getattr(where, name).is_dir()]
-    if not missing:
-        say(f"target and retain model: cached in {where.target.parent}")
-        return where
-    if config.prepare.base is not None:
-        models.check_model_folder(config.prepare.base, "prepare.base")
-    gpus = ray_start.connect(config.train, say) if config.train.workers else 0.0
-    where.target.parent.mkdir(parents=True, exist_ok=True)
     config = absolute(config)
-    orders = [_Order(config, name, getattr(where, name)) for name in missing]
-    say(f"training {' and '.join(missing)} model, {config.prepare.steps} steps each, into {where.target.parent}")
-    with watching(_teller(orders, say), every=2.0):
-        if config.train.workers == 0 and len(orders) > 1 and _spare_cpus(config):
-            _side_by_side(orders)
-        else:
-            for order in orders:
-                launch(_train, order, config.train, _work_folder(order), name=f"prepare-{order.which}", gpus=gpus)
+    where = folders(config)
+    if not _missing(where):
+        return _cached(where, say)
+    check(config)
+    gpus = ray_start.connect(config.train, say) if config.train.workers else _local_gpus(config)
+    where.target.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = where.target.parent / ".lock"
+    with siblings.locked(lock_file, lambda: say("waiting for another process that prepares these models")) as lock:
+        missing = _missing(where)
+        if not missing:  # made while we waited
+            return _cached(where, say)
+        orders = [_Order(config, name, getattr(where, name)) for name in missing]
+        say(f"training {' and '.join(missing)} model, {config.prepare.steps} steps each, into {where.target.parent}")
+        with watching(_teller(orders, say), every=2.0):
+            if config.train.workers == 0 and len(orders) > 1 and gpus == 0 and _spare_cpus(config):
+                _side_by_side(orders, lock)
+            else:
+                for order in orders:
+                    launch(_train, order, config.train, _work_folder(order), name=f"prepare-{order.which}", gpus=gpus)
     return replace(where, cached=False)
+
+
+def _missing(where: Prepared) -> list[str]:
+    return [name for name in ("target", "retain") if not getattr(where, name).is_dir()]
+
+
+def _cached(where: Prepared, say: Say) -> Prepared:
+    say(f"target and retain model: cached in {where.target.parent}")
+    return replace(where, cached=True)
+
+
+def _local_gpus(config: RunConfig) -> float:
+    """GPUs of a preparation in this process, as ``train.gpus_per_worker`` asks."""
+    local: Callable[[Any], float] = getattr(ray_start, "local_gpus", lambda train: 0.0)
+    return local(config.train)
 
 
 def resolve(config: RunConfig, *, say: Say) -> RunConfig:
@@ -127,33 +164,21 @@ def resolve(config: RunConfig, *, say: Say) -> RunConfig:
 
 
 def _spare_cpus(config: RunConfig) -> bool:
-    import torch
-
-    return not torch.cuda.is_available() and (os.cpu_count() or 1) >= 2 * config.train.cpus_per_worker
+    return (os.cpu_count() or 1) >= 2 * config.train.cpus_per_worker
 
 
-def _side_by_side(orders: list[_Order]) -> None:
+def _side_by_side(orders: list[_Order], lock: int) -> None:
     """Two small models in two processes: faster than two threads on one after the other."""
-    processes = []
+    commands = {}
     for order in orders:
         request = _work_folder(order) / "request.yaml"
         request.parent.mkdir(parents=True, exist_ok=True)
-        request.write_text(settings.to_yaml(order.config))
-        command = [sys.executable, "-m", "pipelines.prepare", str(request), order.which]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        endings = [
-            (order, process.communicate()[0], process.returncode)
-            for order, process in zip(orders, processes, strict=True)
-        ]
-    except BaseException:
-        for process in processes:
-            process.kill()
-        raise
-    for order, printed, code in endings:
-        if code:
-            last = (printed.strip().splitlines() or ["no output"])[-1]
-            raise InputError(last) if code == 2 else RuntimeError(f"training the {order.which} model failed: {last}")
+        track = order.config.track
+        public = replace(order.config, track=replace(track, uri=hide(track.uri) if track.uri else None))
+        request.write_text(settings.to_yaml(public))
+        name = f"training the {order.which} model"
+        commands[name] = [sys.executable, "-m", "pipelines.prepare", str(request), order.which]
+    siblings.run(commands, lock)
 
 
 def _alone(request: str, which: str) -> int:
@@ -164,7 +189,7 @@ def _alone(request: str, which: str) -> int:
         launch(_train, order, config.train, _work_folder(order), name=f"prepare-{which}")
     except InputError as error:
         print(error)
-        return 2
+        return siblings.BAD_INPUT
     return 0
 
 
@@ -210,8 +235,6 @@ def _start(config: RunConfig, benchmark: Benchmark) -> tuple[Any, Any]:
     if recipe.base is not None:
         tokenizer = models.load_tokenizer(recipe.base, "prepare.base")
         return tokenizer, models.load_model(recipe.base, config.model, "prepare.base")
-    if config.model.dtype == "pure_bfloat16":
-        raise InputError("model.dtype: got 'pure_bfloat16', allowed for a model from scratch: float32, bfloat16")
     tokenizer = models.build_tokenizer(_texts(benchmark), recipe)
     return tokenizer, models.build_small(tokenizer, recipe, config.train.seed)
 

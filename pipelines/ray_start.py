@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gru_core.config import TrainConfig
-from gru_core.errors import InputError
+from gru_core.errors import ConfigError, InputError
 from pipelines import capacity
 from pipelines.console import verbose
 from pipelines.launch import QUIET
@@ -71,6 +73,7 @@ def start(say: Say) -> None:
     else:
         options |= {"address": "local", "include_dashboard": False}
     _private_token()
+    on_stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -80,6 +83,8 @@ def start(say: Say) -> None:
         raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {line[:200]}") from None
     finally:
         _private_token()
+        if callable(on_stop) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_stop)  # Ray puts one there that ends the process on the spot
 
 
 def _level() -> str:
@@ -131,8 +136,47 @@ def _private_token() -> None:
         return
 
 
+def check_gpus(train: TrainConfig) -> None:
+    """Refuses shares of a GPU that cannot work, whatever the machine has.
+
+    Raises:
+        ConfigError: a fraction above 1, or any fraction where several workers would meet on one GPU (NCCL refuses
+            two ranks on one device).
+    """
+    gpus = train.gpus_per_worker
+    if gpus == "auto" or float(gpus).is_integer():
+        return
+    if train.workers > 1:
+        raise ConfigError("train.gpus_per_worker", gpus, f"auto or a whole number with {train.workers} workers")
+    if float(gpus) > 1:
+        raise ConfigError("train.gpus_per_worker", gpus, "auto, a fraction below 1, or a whole number")
+
+
 def gpus_per_worker(train: TrainConfig, in_cluster: float) -> float:
-    """GPUs of each worker, ``auto`` resolved."""
+    """GPUs of each worker, ``auto`` resolved: 1 where the cluster has any, be they enough for all or not.
+
+    Raises:
+        ConfigError: as :func:`check_gpus`.
+    """
+    check_gpus(train)
     if train.gpus_per_worker == "auto":
-        return 1.0 if in_cluster >= max(1, train.workers) else 0.0
+        return 1.0 if in_cluster > 0 else 0.0
     return float(train.gpus_per_worker)
+
+
+def local_gpus(train: TrainConfig) -> float:
+    """GPUs for work in this process (``workers: 0``), ``auto`` resolved; 0 means the CPU.
+
+    Raises:
+        ConfigError: as :func:`check_gpus`, or more than this machine has.
+    """
+    import torch
+
+    check_gpus(train)
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if train.gpus_per_worker == "auto":
+        return 1.0 if here else 0.0
+    gpus = float(train.gpus_per_worker)
+    if gpus > here:
+        raise ConfigError("train.gpus_per_worker", train.gpus_per_worker, f"auto, or at most {here}, which is here")
+    return gpus

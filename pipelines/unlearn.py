@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gru_core import models
 from gru_core.benchmarks import load_benchmark, retain_subset
 from gru_core.config import RunConfig
-from gru_core.errors import InputError
-from gru_core.metrics import Baseline, check_metrics, trade_off
+from gru_core.errors import InputError, StorageError
+from gru_core.metrics import check_metrics, trade_off
 from gru_core.objectives import build_objective
-from gru_core.parallel import Group
+from gru_core.parallel import Group, current_group
 from gru_core.rectify import build_rule
-from pipelines import inputs, journal, output, prepare, provenance, settings, tracking, worker
+from pipelines import (
+    inputs,
+    journal,
+    output,
+    prepare,
+    provenance,
+    ray_start,
+    search_inputs,
+    settings,
+    tracking,
+    worker,
+)
 from pipelines.courier import Courier
 from pipelines.launch import Report, launch
 from pipelines.narrate import watching
@@ -30,6 +41,7 @@ def check_inputs(config: RunConfig) -> None:
         InputError: the first thing that is wrong.
     """
     settings.check(config)
+    ray_start.check_gpus(config.train)
     build_objective(config.unlearn)
     build_rule(config.rectify)
     for path, what in ((config.model.path, "model.path"), (config.retain_model, "retain_model")):
@@ -65,6 +77,10 @@ def train(
 ) -> worker.Result:
     """One run on ``train.workers`` workers, in its folder; resumes where the folder holds a checkpoint.
 
+    Args:
+        shared_ref: inputs, a Ray object reference to them, or None: each worker reads them itself.
+        gpus: GPUs of each worker; 0: the CPU.
+
     Returns:
         As :func:`pipelines.worker.work`.
     """
@@ -80,32 +96,31 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
 
     Raises:
         InputError: bad input; nothing was written.
-        NonFiniteError: the run met a loss that is not finite; its folder holds what was measured before.
+        RuntimeError: the run met a loss that is not finite; its folder holds what was measured before.
+        KeyboardInterrupt: stopped before its end; ``resume`` goes on.
     """
     check_inputs(config)
     uri = tracking.resolve_uri(config.track)
     tracking.check(uri)
+    config = inputs.without_secrets(config)  # all that is written, or sent to workers, comes from here on
     folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
     if resume:
         _same_config(config, folder)
-    gpus = _start_ray(config, say)
+    gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
     for line in ignored(config):
         say(f"note: {line}")
     ready = prepare.resolve(config, say=say)
-    shared = _inputs(ready, folder) if config.train.workers == 0 else None
+    shared = _inputs(ready, folder if resume else None, gpus, say)
+    deliver = Courier(uri, config.track.experiment, folder, say=say)  # before claim: it may refuse the experiment
     folder = output.claim(Path(config.output.dir), overwrite=overwrite, resume=resume)
     (folder / "request.yaml").write_text(settings.to_yaml(config))
     say(f"unlearning in {folder}: {config.unlearn.objective}, rule {config.rectify.rule}, {config.unlearn.steps} steps")
     tags = {"gru.kind": "run", **provenance.tags()}
-    with Courier(uri, config.track.experiment, folder, say=say) as courier, watching(_teller(folder, config, say)):
+    with deliver as courier, watching(_teller(folder, config, say)):
         try:
             result = train(ready, folder, shared_ref=shared, name=folder.name, tags=tags, gpus=gpus)
-        except InputError:
-            if not resume:  # told only by the workers: what they began is taken back
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        except BaseException:
-            _mark_failed(folder)
+        except BaseException as error:
+            _mark(folder, error)
             raise
     if result["status"] == "non_finite":
         raise RuntimeError(f"{result['error']}; {folder} holds what was measured before")
@@ -116,17 +131,36 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
     }  # fmt: skip
 
 
-def _inputs(config: RunConfig, folder: Path) -> inputs.Shared:
-    """Model, data and end points, before anything is written: nothing to forget is bad input, too."""
-    shared = inputs.load(config)
-    baseline = inputs.read_baseline(folder / "baseline.json")
-    baseline = baseline or launch(_baseline, (config, shared), config.train, folder, name="baseline")
-    trade_off(baseline.start.scores, baseline, config.evaluate)
-    return shared.with_baseline(baseline)
+def _inputs(config: RunConfig, resumed: Path | None, gpus: float, say: Say) -> Any:
+    """Model, data and end points, before anything is written: nothing to forget is bad input, too.
 
+    Args:
+        resumed: the folder of the run that goes on, whose end points stand; None: they are measured.
 
-def _baseline(payload: tuple[RunConfig, inputs.Shared], group: Group, report: Report) -> Baseline:
-    return inputs.measure_baseline(*payload, group)
+    Returns:
+        The inputs; for runs on Ray workers, which may see other files than this process does, a Ray object
+        reference to them.
+    """
+    known = inputs.read_baseline(resumed / "baseline.json") if resumed else None
+
+    def read(config: RunConfig, group: Group) -> inputs.Shared:
+        shared = inputs.load(config)
+        baseline = known or inputs.measure_baseline(config, shared, group)
+        trade_off(baseline.start.scores, baseline, config.evaluate)
+        return shared.with_baseline(baseline)
+
+    def here(config: RunConfig, group: Group, report: Report) -> inputs.Shared:
+        return read(config, group)
+
+    def there(config: RunConfig, retains: Sequence[search_inputs.Retain], gpus: float) -> tuple[Any, list[int]]:
+        import torch
+
+        torch.set_num_threads(config.train.cpus_per_worker)
+        return read(config, current_group() if gpus else Group()), []
+
+    if config.train.workers:
+        return search_inputs.put(config, (), gpus, there, say)
+    return launch(here, config, config.train, Path(config.output.dir), name="inputs", gpus=gpus)
 
 
 def _same_config(config: RunConfig, folder: Path) -> None:
@@ -142,20 +176,12 @@ def _same_config(config: RunConfig, folder: Path) -> None:
         raise InputError(f"--resume: the run in {folder} was started with other settings: {shown}")
 
 
-def _start_ray(config: RunConfig, say: Say) -> float:
-    """Ray, where the run needs it; GPUs of each worker."""
-    if config.train.workers == 0:
-        return 0.0
-    from pipelines import ray_start
-
-    return ray_start.connect(config.train, say)
-
-
-def _mark_failed(folder: Path) -> None:
-    """The journal's last word on a run whose workers could not give it one."""
-    if journal.load(folder).status is None and (folder / journal.NAME).exists():
-        with journal.Journal(folder) as record:
-            record.status("failed")
+def _mark(folder: Path, error: BaseException) -> None:
+    """The journal's last word on a run that could not give it one; never an error of its own."""
+    with suppress(Exception):  # a full disk must not hide what went wrong first
+        if (folder / journal.NAME).exists() and worker.finished(folder) is None:
+            with journal.Journal(folder) as record:
+                record.status("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
 
 
 def _teller(folder: Path, config: RunConfig, say: Say) -> Callable[[], None]:
@@ -163,7 +189,10 @@ def _teller(folder: Path, config: RunConfig, say: Say) -> Callable[[], None]:
     told: set[int] = set()
 
     def tell() -> None:
-        for point in journal.points(folder):
+        points = []
+        with suppress(StorageError):  # a broken journal is told by whoever needs it
+            points = journal.points(folder)
+        for point in points:
             if point["step"] not in told:
                 told.add(point["step"])
                 say(

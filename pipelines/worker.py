@@ -35,7 +35,7 @@ class Assignment:
     Attributes:
         config: resolved; ``model.path`` and ``retain_model`` name folders or hub ids.
         folder: the run folder, on storage that all workers see.
-        shared: inputs, a Ray object reference to them, or None: the worker reads them itself.
+        shared: inputs, a Ray object reference to them, or None: each worker reads them itself.
         keep_model: write the final model to ``folder/model``.
     """
 
@@ -89,12 +89,12 @@ def work(
     Raises:
         StorageError: the disk is full; names the last whole checkpoint.
     """
-    done = finished(folder)
+    group = group or current_group()
+    done, baseline = _found(folder, group)
     if done is not None:
         return done
-    group = group or current_group()
     shared = shared or inputs.load(config)
-    baseline = shared.baseline or inputs.read_baseline(folder / "baseline.json")
+    baseline = shared.baseline or baseline
     if baseline is None:
         baseline = inputs.measure_baseline(config, shared, group)
     try:
@@ -105,8 +105,16 @@ def work(
         raise _with_checkpoint(StorageError(f"{folder} cannot be written: {error}"), folder / "checkpoints") from error
 
 
+def _found(folder: Path, group: Group) -> tuple[Result | None, Baseline | None]:
+    """Result and baseline that stand in the folder, as rank 0 sees them: a network file system may show a file to
+    one node before another, and ranks that disagree would wait for each other for ever."""
+    mine = (finished(folder), inputs.read_baseline(folder / "baseline.json")) if group.rank == 0 else (None, None)
+    return group.gather(mine)[0]
+
+
 def _with_checkpoint(error: StorageError, folder: Path) -> StorageError:
-    if "checkpoint" in str(error):
+    """The error, naming the last whole checkpoint; one from writing a checkpoint does that already."""
+    if "last whole checkpoint" in str(error) or "no earlier checkpoint" in str(error):
         return error
     last = checkpoint.latest(folder)
     return StorageError(f"{error}; the last whole checkpoint is {last.folder if last else 'none'}")
@@ -118,7 +126,7 @@ class _Work:
     def __init__(
         self, config: RunConfig, folder: Path, shared: Shared, baseline: Baseline, report: Report, group: Group
     ) -> None:
-        self.config, self.folder, self.shared = config, folder, shared
+        self.config, self.folder, self.shared = inputs.without_secrets(config), folder, shared
         self.baseline, self.report, self.group = baseline, report, group
         self.lead = group.rank == 0
         self.scores: dict[str, float] = {}
