@@ -45,7 +45,7 @@ def _check_names(config: RunConfig) -> None:
 
 def _check_search(config: RunConfig) -> None:
     search = config.search
-    from pipelines.space import DEFAULT_FAMILIES
+    from pipelines.space import DEFAULT_FAMILIES, check_key
 
     families = len(search.families or DEFAULT_FAMILIES)
     if search.sampler != "grid" and search.trials % families:
@@ -55,7 +55,7 @@ def _check_search(config: RunConfig) -> None:
     for name, family in search.families.items():
         where = f"search.families.{name}"
         for key in family.fixed:
-            _check_key(f"{where}.fixed", key)
+            check_key(f"{where}.fixed", key)
             if key in family.space:
                 raise InputError(f"{where}: {key!r} stands in both fixed and space (allowed: one of them)")
         base = _with(config, f"{where}.fixed", family.fixed)
@@ -64,20 +64,11 @@ def _check_search(config: RunConfig) -> None:
             _check_dimension(base, f"{where}.space", key, dimension)
 
 
-def _check_key(where: str, key: str) -> None:
-    """A config field in which trials may differ: they share model, data, evaluation and resources."""
-    from pipelines.settings import keys
-    from pipelines.space import SEARCHED
-
-    varying = ("train.seed", "train.micro_batch")
-    valid = [name for name in keys() if name.split(".")[0] in SEARCHED or name in varying]
-    if key not in valid:
-        raise unknown(f"key in {where}", key, valid)
-
-
 def _check_dimension(config: RunConfig, where: str, key: str, dimension: Any) -> None:
     """A dimension is ``{low, high, log?, step?}`` or a list of choices; each value must suit ``key``."""
-    _check_key(where, key)
+    from pipelines.space import check_key
+
+    check_key(where, key)
     field = f"{where}.{key}"
     for value in _values(field, dimension):
         _check_names(_with(config, field, {key: value}))

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gru_core.config import RunConfig
-from gru_core.errors import InputError
-from pipelines import report, settings
+from pipelines import journal, report, settings
 from pipelines.console import Say
-from pipelines.output import examine, is_result
+from pipelines.output import examine
 
 STUDY = "demo"
+TAG = "gru.demo"
+"""Tag of a search that ``gru demo`` ran: its folder is the demo's own."""
 
 
 def run(
@@ -20,8 +20,8 @@ def run(
 ) -> dict[str, Any]:
     """Prepares both models (cached), searches, and says what the picture shows.
 
-    The output folder is the demo's own (``runs/demo``): an earlier demo in it is replaced, anything else is
-    left alone.
+    An earlier demo in the output folder (``runs/demo``) is replaced; anything else is left alone, a search or a
+    run with the demo's config included.
 
     Returns:
         The document of ``pipelines.search.run`` and ``verdict``, a sentence on the hypervolumes.
@@ -33,29 +33,25 @@ def run(
     options = {"output.dir": output, "track.uri": tracking_uri}
     config = settings.with_values(config, {key: value for key, value in options.items() if value is not None})
     settings.check(config)
-    overwrite = _own(config)
+    overwrite = _own(Path(config.output.dir).expanduser())
     examine(Path(config.output.dir), overwrite=overwrite, resume=False)
 
     say("demo: a small model learns fictitious authors, and then has to forget some of them")
-    from pipelines import prepare, search
+    from pipelines import search
 
-    prepare.run(config, say=say)
-    document = search.run(config, overwrite=overwrite, resume=False, say=say)
+    document = search.run(config, overwrite=overwrite, resume=False, say=say, tags={TAG: "true"})
     volumes: Mapping[str, float] = document["hypervolume"]
     each = config.search.trials // len(volumes)
     return {**document, "verdict": report.best(volumes, each, document.get("comparable", True))}
 
 
-def _own(config: RunConfig) -> bool:
-    """Whether the output folder holds an earlier demo: a result whose config names the demo's experiment."""
-    folder = Path(config.output.dir)
-    if not is_result(folder):
-        return False
+def _own(folder: Path) -> bool:
+    """Whether the folder holds an earlier demo, by the first line of its journal."""
     try:
-        earlier = settings.load(str(folder / "config.yaml"))
-    except InputError:
+        first = journal.head(folder)
+    except (OSError, ValueError):
         return False
-    return earlier.track.experiment == config.track.experiment and earlier.benchmark.name == config.benchmark.name
+    return first is not None and first.get("tags", {}).get(TAG) == "true"
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -19,10 +20,15 @@ def of_model(path: str | None) -> str | None:
     weights = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"|{file.name}|".encode())
-        if file.suffix == ".safetensors" and weights > READ_WHOLE:
-            digest.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-        else:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        stat = file.stat()
+        whole = file.suffix != ".safetensors" or weights <= READ_WHOLE
+        told = _content(file, stat.st_size, stat.st_mtime_ns) if whole else f"{stat.st_size} {stat.st_mtime_ns}"
+        digest.update(f"|{file.name}|{told}".encode())
     return f"content:{digest.hexdigest()}"
+
+
+@functools.cache
+def _content(file: Path, size: int, changed: int) -> str:
+    """The file's sha256, read once for a size and a time of change."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from gru_core.errors import InputError
 from pipelines.settings import HEADER
 
 _JOURNAL_LINE = b'{"kind":"run"'
+LOCK = ".gru.lock"
+"""The file in an output folder that :func:`hold` locks; a folder with nothing else in it is empty."""
 
 
 def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
@@ -27,7 +31,7 @@ def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
         raise InputError("--overwrite and --resume were both given, allowed: one of them")
     path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (a link in the path stays one)
     try:
-        empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        empty = not path.exists() or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir()))
         if path.exists() and not path.is_dir():
             raise InputError(f"output folder {folder} is a file, allowed: a folder")
     except OSError as error:
@@ -62,6 +66,8 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> Path:
     path = examine(folder, overwrite=overwrite, resume=resume)
     if overwrite and path.exists():
         for entry in path.iterdir():  # the folder itself stays: it may be a link, or a mount
+            if entry.name == LOCK:
+                continue  # ours, while we hold the folder
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
@@ -71,6 +77,57 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> Path:
     except OSError as error:
         raise InputError(f"output folder {folder}: {error.strerror or error}") from None
     return path
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Path]:
+    """Holds an output folder for this process, from before :func:`claim` until its last file is written.
+
+    The folder is made where it is missing, and taken away again where it is still empty at the end. The lock is
+    the operating system's: it ends with the process, however that ends.
+
+    Yields:
+        The absolute path.
+
+    Raises:
+        InputError: another process holds the folder, or it cannot be made or locked.
+    """
+    path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (as in examine)
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        descriptor = _lock(path)
+    except BlockingIOError:
+        raise InputError(f"another process is working in the output folder {folder}") from None
+    except OSError as error:
+        raise InputError(f"output folder {folder} cannot be locked: {error.strerror or error}") from None
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            (path / LOCK).unlink()
+        os.close(descriptor)
+        for parent in made:
+            with contextlib.suppress(OSError):  # something is in it
+                parent.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of a locked file that still stands in ``path``: an earlier holder may just have removed it."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # the holder took the empty folder away
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), (path / LOCK).stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def is_result(path: Path) -> bool:

@@ -1,14 +1,11 @@
-"""Pictures of a frontier: a PNG (matplotlib) and a page that stands alone (plotly), and the console table."""
+"""Pictures of a frontier: a PNG (matplotlib) and a page that stands alone (plotly)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any
 
 Points = Sequence[Mapping[str, Any]]
 
@@ -197,25 +194,6 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
         mark = ' class="knee"' if row[0].endswith("(knee)") else ""
         body += f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def table(document: Mapping[str, Any]) -> Table:
-    """The frontier for the console: points, then each family's budget and hypervolume, then notes."""
-    from rich import box
-    from rich.markup import escape as plain
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 0, 1, 0))
-    for title, (header, rows) in {
-        "frontier": frontier_rows(document), "families": family_rows(document),
-    }.items():  # fmt: skip
-        part = Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            part.add_row(*(plain(cell) for cell in row), style="bold" if row[0].endswith("(knee)") else "")
-        grid.add_row(part)
-    if document["notes"]:
-        grid.add_row("\n".join(plain(note) for note in document["notes"]))
-    return grid
 
 
 PAGE = """<!doctype html>

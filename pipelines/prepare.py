@@ -117,7 +117,7 @@ def run(config: RunConfig, *, say: Say) -> Prepared:
     if not _missing(where):
         return _cached(where, say)
     check(config)
-    gpus = ray_start.connect(config.train, say) if config.train.workers else _local_gpus(config)
+    gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
     where.target.parent.mkdir(parents=True, exist_ok=True)
     lock_file = where.target.parent / ".lock"
     with siblings.locked(lock_file, lambda: say("waiting for another process that prepares these models")) as lock:
@@ -142,12 +142,6 @@ def _missing(where: Prepared) -> list[str]:
 def _cached(where: Prepared, say: Say) -> Prepared:
     say(f"target and retain model: cached in {where.target.parent}")
     return replace(where, cached=True)
-
-
-def _local_gpus(config: RunConfig) -> float:
-    """GPUs of a preparation in this process, as ``train.gpus_per_worker`` asks."""
-    local: Callable[[Any], float] = getattr(ray_start, "local_gpus", lambda train: 0.0)
-    return local(config.train)
 
 
 def resolve(config: RunConfig, *, say: Say) -> RunConfig:

@@ -9,6 +9,9 @@ from typing import Any
 from gru_core.config import TrackConfig
 from pipelines.stores import hide, resolve_uri
 
+WIDTH = 140
+"""Longest line of a table, characters."""
+
 
 def prepared(document: Mapping[str, Any]) -> list[str]:
     """Where target and retain model lie."""
@@ -30,7 +33,14 @@ def search(document: Mapping[str, Any]) -> list[str]:
     """Frontier points, hypervolumes, pictures, and the command that opens MLflow."""
     points = document["frontier"]
     first = [name for name in ("family", "unlearning", "retention", "trial", "step") if any(name in p for p in points)]
-    lines = [f"frontier of {document['search']}: {len(points)} points", *table(points, first, varied(points))]
+    shown = varied(points)
+    rows = table(points, first, shown)
+    while shown and max(map(len, rows)) > WIDTH:
+        shown = shown[:-1]
+        rows = table(points, first, shown)
+    lines = [f"frontier of {document['search']}: {len(points)} points", *rows]
+    if hidden := len(varied(points)) - len(shown):
+        lines.append(f"  ({hidden} more searched settings: see the csv)")
     lines.append("hypervolume (reference point 0, 0; larger is better):")
     for family, value in sorted(document["hypervolume"].items(), key=lambda item: -item[1]):
         lines.append(f"  {family:<12} {number(value)}")
@@ -47,16 +57,29 @@ def job(document: Mapping[str, Any]) -> list[str]:
 
 
 def varied(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names under ``params`` whose value differs between points (and the family does not tell already)."""
-    names = dict.fromkeys(name for point in points for name in point.get("params", {}) if name != "rectify.rule")
-    return [name for name in names if len({str(point.get("params", {}).get(name)) for point in points}) > 1]
+    """Names under ``params`` whose value differs between points.
+
+    Of a rule's settings only those that differ within a family: what the families differ in is in their names.
+    """
+    names = dict.fromkeys(name for point in points for name in point.get("params", {}))
+    return [name for name in names if _differs(name, points)]
+
+
+def _differs(name: str, points: Sequence[Mapping[str, Any]]) -> bool:
+    values: dict[Any, set[str]] = {}
+    for point in points:
+        group = point.get("family") if name.startswith("rectify.") else None
+        values.setdefault(group, set()).add(str(point.get("params", {}).get(name)))
+    return any(len(each) > 1 for each in values.values())
 
 
 def table(points: Sequence[Mapping[str, Any]], columns: Sequence[str], params: Sequence[str] = ()) -> list[str]:
     """Aligned rows under their column names; nothing where there are no points."""
     if not points:
         return []
-    rows = [[*columns, *params]]
+    tails = [name.rpartition(".")[2] for name in params]
+    heads = [tail if tails.count(tail) == 1 else name for name, tail in zip(params, tails, strict=True)]
+    rows = [[*columns, *heads]]
     for point in points:
         given = point.get("params", {})
         rows.append([number(point.get(name)) for name in columns] + [number(given.get(name)) for name in params])

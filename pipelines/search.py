@@ -5,13 +5,13 @@ Reads like a script: check everything, start Ray, load the inputs once, run the 
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ from pipelines import (
     output,
     prepare,
     provenance,
+    search_checks,
     search_inputs,
     selection,
     settings,
-    space,
-    tracking,
     trial,
 )
 from pipelines.console import verbose
@@ -35,11 +34,9 @@ from pipelines.courier import Courier
 from pipelines.ledger import NAME as LEDGER
 from pipelines.ledger import Entry, Ledger
 from pipelines.space import Family
+from pipelines.stores import hide
 
 Say = Callable[[str], None]
-
-FREE = ("output.", "track.", "train.max_failures", "search.concurrent")
-"""Settings that may differ when a search is resumed: they change no result."""
 
 
 def run(
@@ -48,12 +45,14 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     say: Say,
+    tags: Mapping[str, str] | None = None,
     work: trial.Work = trial.work,
     load: search_inputs.Load = search_inputs.load,
 ) -> dict[str, Any]:
     """Checks, trials, frontier.
 
     Args:
+        tags: what else the search's run is marked with.
         work: what a trial does; runs in the trial's process.
         load: reads what trials share; runs once, as a Ray task.
 
@@ -66,70 +65,25 @@ def run(
         KeyboardInterrupt: stopped before its end; ``resume`` goes on.
     """
     began = time.monotonic()
-    uri, families = _check(config, overwrite, resume, say)
+    uri, folder, families, inputs = search_checks.check(config, overwrite, resume, say)
     threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()  # while Ray starts
-    folder = Path(config.output.dir)
-    if not (resume and _complete(folder, families)):
-        with _ray(config, say) as gpus:
-            ready = prepare.resolve(config, say=say)
-            shared = search_inputs.put(ready, families, gpus, load, say)
-            folder = output.claim(folder, overwrite=overwrite, resume=resume)
-            study = trial.Study(ready, folder, shared, gpus, work)
-            with _alone(folder), _record(config, ready, folder), Courier(uri, config.track.experiment, folder, say=say):
-                _trials(study, families, say)
-    return _document(folder, families, began, say)
+    with output.hold(folder):
+        if not (resume and search_checks.complete(folder, families)):
+            with _ray(config, say) as gpus:
+                ready = prepare.resolve(config, say=say)
+                shared = search_inputs.put(ready, families, gpus, load, say)
+                output.claim(folder, overwrite=overwrite, resume=resume)
+                study = trial.Study(_public(ready), folder, shared, gpus, work)
+                marks = {"gru.kind": "search", search_checks.FINGERPRINT: inputs, **provenance.tags(), **(tags or {})}
+                with Courier(uri, config.track.experiment, folder, say=say), _record(config, study, marks):
+                    _trials(study, families, say)
+        return _document(folder, families, uri, began, say)
 
 
-# ------------------------------------------------------------------------------------------------- checks
-
-
-def _check(config: RunConfig, overwrite: bool, resume: bool, say: Say) -> tuple[str, list[Family]]:
-    """All that can be told without Ray and without weights; writes nothing."""
-    from pipelines import unlearn
-
-    unlearn.check_inputs(config)
-    families = space.families(config, say)
-    for family in families:
-        _check_family(config, family)
-    uri = tracking.resolve_uri(config.track)
-    tracking.check(uri)
-    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
-    if resume:
-        _same_config(config, folder)
-    return uri, families
-
-
-def _check_family(config: RunConfig, family: Family) -> None:
-    """Builds a family's rule and objective, to hear what they refuse."""
-    from gru_core.objectives import build_objective
-    from gru_core.rectify import build_rule
-
-    first = {key: space.extremes(family, key, config)[0] for key in family.space}
-    try:
-        one = space.trial_config(config, {**family.fixed, **first}, config.output.dir)
-        build_rule(one.rectify)
-        build_objective(one.unlearn)
-    except InputError as error:
-        raise InputError(f"search.families.{family.name}: {error}") from None
-
-
-def _same_config(config: RunConfig, folder: Path) -> None:
-    """A resumed search is the search that was started: anything else would be two searches under one name."""
-    file = folder / "request.yaml"
-    if not file.exists():
-        raise InputError(f"--resume: {folder} holds no search (no request.yaml)")
-    before, now = settings.flat(settings.load(str(file))), settings.flat(config)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith(FREE)]
-    if changed:
-        shown = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed[:3])
-        raise InputError(f"--resume: the search in {folder} was started with other settings: {shown}")
-
-
-def _complete(folder: Path, families: Sequence[Family]) -> bool:
-    """Whether every trial has its result already."""
-    entries, _ = journal.read(folder / LEDGER)
-    done = [end for end in selection.outcomes(entries).values() if end["status"] in selection.RESULTS]
-    return len(done) == sum(family.trials for family in families)
+def _public(config: RunConfig) -> RunConfig:
+    """The config as it may be stored: without user name and password of the tracking store."""
+    uri = config.track.uri
+    return replace(config, track=replace(config.track, uri=hide(uri) if uri else uri))
 
 
 # ---------------------------------------------------------------------------------------------------- Ray
@@ -158,30 +112,22 @@ def _ray(config: RunConfig, say: Say) -> Iterator[float]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the search folder: two drivers on one search would write over each other."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is running the search in {folder}") from None
-        yield
-
-
-@contextmanager
-def _record(config: RunConfig, ready: RunConfig, folder: Path) -> Iterator[None]:
+def _record(config: RunConfig, study: trial.Study, marks: Mapping[str, str]) -> Iterator[None]:
     """The parent's files and journal: opened as a search, closed with how it ended."""
-    (folder / "request.yaml").write_text(settings.to_yaml(config))
-    (folder / "config.yaml").write_text(settings.to_yaml(ready))
-    with journal.Journal(folder) as record:
-        record.run(folder.name, {"gru.kind": "search", **provenance.tags()})
-        record.params(settings.flat(ready))
+    folder = study.folder
+    with journal.Journal(folder) as record:  # first of all: it marks the folder as a search
+        record.run(folder.name, marks)
+        if journal.load(folder).status is not None:
+            record.status("running")
+        (folder / "request.yaml").write_text(settings.to_yaml(_public(config)))
+        (folder / "config.yaml").write_text(settings.to_yaml(study.config))
+        record.params(settings.flat(study.config))
         record.artifact("config.yaml")
         try:
             yield
         except BaseException as error:
             with suppress(Exception):  # a full disk must not hide what went wrong first
-                record.status("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+                record.status("stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
             raise
         record.status("finished")
 
@@ -208,13 +154,13 @@ def _trials(study: trial.Study, families: Sequence[Family], say: Say) -> None:
     at_a_time = min(capacity.concurrency(train, study.gpus, search.concurrent, capacity.nodes()), searcher.left)
     shares = ", ".join(f"{family.trials} {family.name}" for family in families)
     say(f"search in {study.folder}: {total} trials ({shares}), {searcher.left} to run, {at_a_time} at a time")
-    _tune(study, searcher, at_a_time)
+    try:
+        _tune(study, searcher, at_a_time)
+    finally:
+        _mark_stopped(study.folder, ledger)
     ends = selection.outcomes(ledger.entries)
     if searcher.left or len(ends) < total:
         say(f"stopped with {len(ends)} of {total} trials done; --resume goes on")
-        for name in selection.unfinished(ledger.entries):
-            if name not in ends:
-                _mark(study.folder / "trials" / name, name, "stopped")
         raise KeyboardInterrupt
     if all(end["status"] == "failed" for end in ends.values()):
         raise RuntimeError(f"all {total} trials failed; the first: {selection.first_failure(ends.values())}")
@@ -239,7 +185,8 @@ def _tune(study: trial.Study, searcher: Any, at_a_time: int) -> None:
             name="tune",
             storage_path=str(study.folder),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=train.max_failures),
+            # a trial with workers restarts them itself: here once more would multiply the number
+            failure_config=tune.FailureConfig(max_failures=0 if train.workers else train.max_failures),
         ),
     )
     tuner.fit()
@@ -264,18 +211,34 @@ def _mark(folder: Path, name: str, status: str) -> None:
         record.status(status)
 
 
+def _mark_stopped(folder: Path, ledger: Ledger) -> None:
+    """The same for trials that began and have no end: an interrupted search leaves none that seems to run."""
+    for name in selection.unfinished(ledger.entries):
+        mine = folder / "trials" / name
+        with suppress(Exception):  # a full disk must not hide what went wrong first
+            kinds = ("run", "metrics", "status")
+            lines = [entry for entry in journal.read(mine / journal.NAME)[0] if entry["kind"] in kinds]
+            if lines and lines[-1]["kind"] != "status":
+                _mark(mine, name, "stopped")
+
+
 # ---------------------------------------------------------------------------------------------------- end
 
 
-def _document(folder: Path, families: Sequence[Family], began: float, say: Say) -> dict[str, Any]:
-    from pipelines import frontier
-
+def _document(folder: Path, families: Sequence[Family], uri: str, began: float, say: Say) -> dict[str, Any]:
     entries, _ = journal.read(folder / LEDGER)
     ends: Mapping[str, Any] = selection.outcomes(entries)
     numbers = selection.counts(ends.values())
     if numbers["failed"]:
-        say(
-            f"{numbers['failed']} trial(s) failed (--resume tries them again): {selection.first_failure(ends.values())}"
-        )
-    document = frontier.build(str(folder), say=say)
-    return {**document, "trials": numbers, "seconds": round(time.monotonic() - began, 1)}
+        failure = selection.first_failure(ends.values())
+        say(f"{numbers['failed']} trial(s) failed (--resume tries them again): {failure}")
+    return {**_frontier(folder, uri, say), "trials": numbers, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _frontier(folder: Path, uri: str, say: Say) -> dict[str, Any]:
+    from pipelines import frontier
+
+    if hide(uri) != uri:  # user and password stand in no file: they are given here
+        with suppress(InputError):  # the store has gone away: the journals have it all
+            return frontier.build(str(folder), tracking_uri=uri, say=say)
+    return frontier.build(str(folder), say=say)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gru_core.benchmarks.base import Benchmark
 from gru_core.config import RetainConfig, RunConfig
 from gru_core.errors import InputError
-from pipelines import space
+from pipelines import identity, space
 from pipelines.space import Family
 
 Say = Callable[[str], None]
@@ -100,6 +103,35 @@ def retains(config: RunConfig, families: Sequence[Family]) -> list[tuple[Retain,
             for scored in space.extremes(family, "retain.include_scored", config):
                 found.append(((RetainConfig(config.retain.loss, size, scored), config.train.seed), reads))
     return found
+
+
+def check_retains(config: RunConfig, families: Sequence[Family], benchmark: Benchmark) -> None:
+    """Whether the benchmark has the rows that every family may ask for.
+
+    Raises:
+        InputError: a retain set larger than what may train, and the family that asks for it.
+    """
+    from gru_core.benchmarks import retain_subset
+
+    for family in families:
+        for (retain, seed), _ in retains(config, [family]):
+            try:
+                retain_subset(benchmark, retain, seed)
+            except InputError as error:
+                scored = f" with retain.include_scored {str(retain.include_scored).lower()}"
+                raise InputError(f"search.families.{family.name}{scored}: {error}") from None
+
+
+def fingerprint(config: RunConfig, benchmark: Benchmark) -> str:
+    """Names rows and models by their content: the same wherever the files lie."""
+    paths = (config.model.path, config.retain_model, config.prepare.base)
+    models = [path if path == "prepared" else identity.of_model(path) for path in paths]
+    scored = [
+        (name, [(row.prompt, row.answer, row.paraphrase, row.perturbed) for row in rows])
+        for name, rows in sorted(benchmark.scored.items())
+    ]
+    text = json.dumps([benchmark.fingerprint(), scored, models])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def warn_size(sizes: Sequence[int], reads: Sequence[int], say: Say) -> None:

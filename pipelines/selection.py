@@ -73,11 +73,6 @@ def first_failure(ends: Iterable[Mapping[str, Any]]) -> str | None:
     return next((f"{end['id']}: {end.get('error')}" for end in ends if end["status"] == "failed"), None)
 
 
-def comparable(numbers: Mapping[str, int]) -> bool:
-    """Whether hypervolumes of families may be compared: only with the same number of trials each."""
-    return len(set(numbers.values())) <= 1
-
-
 def order(numbers: Mapping[str, int]) -> list[str]:
     """Round robin over families, each as often as its number says: a search cut short is still a fair one."""
     rounds = range(max(numbers.values(), default=0))

@@ -91,7 +91,7 @@ def _space(config: RunConfig, name: str, family: FamilyConfig, say: Say) -> dict
     """Shared and own dimensions; shared ones without effect in this family are left out, and that is said."""
     own, shared = family.space, config.search.space
     for key in (*family.fixed, *own, *shared):
-        _check_key(key)
+        check_key("search", key)
     merged = {**shared, **own} if config.search.families else {**own, **shared}
     idle = _idle(config, family.fixed, merged)
     dropped = [key for key in merged if key in family.fixed or key in idle]
@@ -104,13 +104,24 @@ def _space(config: RunConfig, name: str, family: FamilyConfig, say: Say) -> dict
     return {key: dimension for key, dimension in merged.items() if key not in dropped}
 
 
-def _check_key(key: str) -> None:
-    section = key.split(".")[0]
-    if section not in SEARCHED and key not in ("train.seed", "train.micro_batch"):
-        raise InputError(
-            f"search: {key!r} cannot differ between trials, which share model, data, evaluation and resources "
-            f"(allowed: keys of {', '.join(SEARCHED)}, and train.seed, train.micro_batch)"
-        )
+def check_key(where: str, key: str) -> None:
+    """A config field in which trials may differ.
+
+    Raises:
+        InputError: no such field, or one that all trials share.
+    """
+    from pipelines.settings import keys
+
+    varying = ("train.seed", "train.micro_batch")
+    valid = [name for name in keys() if name.split(".")[0] in SEARCHED or name in varying]
+    if key in valid:
+        return
+    if key not in keys():
+        raise unknown(f"key in {where}", key, valid)
+    raise InputError(
+        f"{where}: {key!r} cannot differ between trials, which share model, data, evaluation and resources "
+        f"(allowed: keys of {', '.join(SEARCHED)}, and {', '.join(varying)})"
+    )
 
 
 def _idle(config: RunConfig, fixed: Mapping[str, Any], searched: Mapping[str, Dimension]) -> set[str]:

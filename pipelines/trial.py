@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ _ERROR = "error.json"
 def _note(folder: Path, error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else str(error)
     line = " ".join(text.split())[:500]
-    (folder / _ERROR).write_text(json.dumps({"error": line}))
+    with suppress(OSError):  # a full disk must not hide what went wrong first
+        (folder / _ERROR).write_text(json.dumps({"error": line}))
     return line
 
 

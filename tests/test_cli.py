@@ -19,6 +19,7 @@ import pytest
 from gru_core.config import RunConfig
 from gru_core.errors import ConfigError, InputError, StorageError
 from pipelines import cli, console, demo, exits, report, settings
+from pipelines.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "doctor", "prepare", "unlearn", "search", "frontier", "submit", "ui")
@@ -267,14 +268,33 @@ def test_options_and_overrides_reach_the_search(monkeypatch: pytest.MonkeyPatch,
 def test_a_search_ends_with_table_volumes_pictures_and_the_way_to_mlflow(
     monkeypatch: pytest.MonkeyPatch, gru: Callable[..., Answer]
 ) -> None:
-    _search(monkeypatch, lambda *_, **__: DOCUMENT)
+    rows = [
+        {"trial": "a", "family": "rectified", "step": 40, "unlearning": 0.9, "retention": 0.8,
+         "params": {"rectify.rule": "gru", "rectify.strength": 3.0, "rectify.ema": 0.8, "unlearn.lr": 1e-3}},
+        {"trial": "b", "family": "rectified", "step": 60, "unlearning": 0.95, "retention": 0.7,
+         "params": {"rectify.rule": "gru", "rectify.strength": 2.0, "rectify.ema": 0.8, "unlearn.lr": 1e-3}},
+        {"trial": "c", "family": "sum", "step": 60, "unlearning": 0.99, "retention": 0.1,
+         "params": {"rectify.rule": "sum", "rectify.ema": 1.0, "unlearn.lr": 1e-3}},
+    ]  # fmt: skip
+    _search(monkeypatch, lambda *_, **__: {**DOCUMENT, "frontier": rows})
     out = gru("search", "-c", "demo").out
     lines = [line.split() for line in out.splitlines()]
-    assert ["family", "unlearning", "retention", "trial", "step", "rectify.strength"] in lines  # ema never varies
+    # the rule and ema follow from the family, lr is the same everywhere
+    assert ["family", "unlearning", "retention", "trial", "step", "strength"] in lines
     assert ["rectified", "0.9", "0.8", "a", "40", "3"] in lines
+    assert ["sum", "0.99", "0.1", "c", "60"] in lines
     assert ["sum", "0.9"] in lines
     assert "png: runs/demo/frontier.png" in out
     assert "gru ui --tracking-uri 'sqlite:////elsewhere/my runs.db'" in out
+
+
+def test_a_table_of_many_settings_fits_a_terminal() -> None:
+    params = [{f"unlearn.a_setting_with_a_long_name_{n}": n + k for n in range(9)} for k in range(2)]
+    points = [{"trial": f"t{k}", "family": "sum", "step": 1, "params": each} for k, each in enumerate(params)]
+    lines = report.search({**DOCUMENT, "frontier": points})
+    assert max(map(len, lines)) <= 140
+    assert any("more searched settings: see the csv" in line for line in lines)
+    assert "a_setting_with_a_long_name_0" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -376,20 +396,18 @@ def test_the_verdict_compares_only_what_compares() -> None:
 
 @pytest.fixture
 def fake_demo(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A search that writes its config and nothing else; records whether it was told to overwrite."""
+    """A search that writes its journal's first line and nothing else; records whether it was told to overwrite."""
     told: list[bool] = []
 
-    def run(config: RunConfig, *, overwrite: bool, resume: bool, say: console.Say) -> dict[str, object]:
+    def run(
+        config: RunConfig, *, overwrite: bool, resume: bool, say: console.Say, tags: dict[str, str]
+    ) -> dict[str, object]:
         told.append(overwrite)
-        folder = Path(config.output.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(settings.to_yaml(config))
+        with Journal(Path(config.output.dir)) as journal:
+            journal.run("demo", {"gru.kind": "search", **tags})
         return DOCUMENT
 
     _search(monkeypatch, run)
-    made = _module(run=lambda config, *, say: _module(cached=True))
-    monkeypatch.setitem(sys.modules, "pipelines.prepare", made)
-    monkeypatch.setattr("pipelines.prepare", made, raising=False)
     return told
 
 
@@ -401,11 +419,18 @@ def test_a_demo_replaces_a_demo_and_nothing_else(fake_demo: list[bool], tmp_path
     assert "not above that of sum" in document["verdict"]
     assert demo.lines(document)[-2] == document["verdict"]
 
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.yaml").write_text(settings.to_yaml(settings.load("own_data")))
+
+@pytest.mark.parametrize("kind", ["run", "search"])
+def test_a_run_with_the_demo_config_is_no_demo(fake_demo: list[bool], tmp_path: Path, kind: str) -> None:
+    """`gru unlearn -c demo` and `gru search -c demo` write the same config; a demo must not delete their folder."""
+    folder = tmp_path / "other"
+    with Journal(folder) as journal:
+        journal.run("mine", {"gru.kind": kind})
+    (folder / "config.yaml").write_text(settings.to_yaml(settings.load("demo")))
     with pytest.raises(InputError, match="is not empty"):
-        demo.run((), str(other), say=lines.append)
+        demo.run((), str(folder), say=lambda line: None)
+    assert fake_demo == []
+    assert (folder / "config.yaml").exists()
 
 
 def test_the_demo_speaks_within_5_seconds_and_ends_with_what_was_promised(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from gru_core.errors import InputError, StorageError
 from pipelines import frontier, plots
@@ -173,18 +171,6 @@ def test_families_are_told_apart_without_colour() -> None:
     assert len({look[0] for look in (styles[name] for name in styles)}) == 5
     assert len({look[1] for look in styles.values()}) == 5
     assert len({look[2] for look in styles.values()}) == 5
-
-
-def test_the_console_table_shows_points_budgets_and_notes() -> None:
-    console = Console(width=160, file=io.StringIO())
-    document, _ = summarise("hand", HAND)
-    console.print(plots.table(document))
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    lines = [line.split() for line in text.splitlines()]
-    assert ["r2", "(knee)", "rectified", "10", "0.750", "0.600", "2"] in lines
-    assert ["plain", "2", "0", "0", "4", "0", "0.150"] in lines
-    assert "one seed: a small difference may be chance" in text
 
 
 # ---------------------------------------------------------------- from tracked runs

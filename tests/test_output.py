@@ -10,7 +10,7 @@ from gru_core.config import RunConfig
 from gru_core.errors import InputError
 from pipelines import settings
 from pipelines.journal import Journal
-from pipelines.output import claim, examine, is_result
+from pipelines.output import LOCK, claim, examine, hold, is_result
 
 
 def result(folder: Path) -> Path:
@@ -121,3 +121,41 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="file"):
             claim(folder, overwrite=True, resume=False)
     assert (tmp_path / "file").read_text() == "x"
+
+
+# ------------------------------------------------------------------------------------------ one at a time
+
+
+def test_a_folder_is_held_by_one_and_not_emptied_by_another(tmp_path: Path) -> None:
+    folder = result(tmp_path / "run")
+    before = everything(folder)
+    with hold(folder) as path:
+        assert path == folder
+        link = tmp_path / "link"
+        link.symlink_to(folder)
+        for name in (folder, link):
+            with pytest.raises(InputError, match="another process is working in the output folder"), hold(name):
+                claim(name, overwrite=True, resume=False)
+        assert everything(folder) == before | {LOCK: ""}
+        claim(folder, overwrite=True, resume=False)
+        assert [entry.name for entry in folder.iterdir()] == [LOCK]  # emptied, and still held
+        with pytest.raises(InputError, match="another process"), hold(folder):
+            pass
+    with hold(folder):
+        pass
+
+
+def test_what_holding_made_is_taken_away_where_nothing_came_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    with hold(folder):
+        assert claim(folder, overwrite=False, resume=False) == folder  # the lock alone is no content
+    assert list(tmp_path.iterdir()) == []
+    with hold(folder):
+        (folder / "kept").write_text("x")
+    assert everything(tmp_path) == {"runs/one/kept": "x"}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be locked"), hold(tmp_path / "file" / "below"):
+        pass

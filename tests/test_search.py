@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from gru_core.config import TrainConfig
 from gru_core.errors import InputError
-from pipelines import capacity, journal, provenance, search, settings, trial
+from pipelines import capacity, journal, output, provenance, ray_start, search, search_checks, settings, trial
 from pipelines.families import family_of
 from tests import search_fakes as fakes
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 def _ray() -> Iterator[None]:
     import ray
 
-    for name, value in search.SWITCHES.items():
+    for name, value in ray_start.SWITCHES.items():
         os.environ.setdefault(name, value)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(fakes)
@@ -126,7 +127,7 @@ def test_a_grid_runs_every_combination_once(tmp_path: Path) -> None:
 
 
 def test_more_than_the_cluster_has_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    config = fakes.study(tmp_path / "out", **{"train.workers": 64, "unlearn.batch_size": 64})
+    config = fakes.study(tmp_path / "out", **{"train.workers": 64, "unlearn.batch_size": 64, "prepare.batch_size": 64})
     with pytest.raises(InputError, match=r"64 worker.*2"):
         run(config)
     assert not (tmp_path / "out").exists()
@@ -141,6 +142,93 @@ def test_resume_refuses_another_search_and_repeats_nothing(tmp_path: Path) -> No
     document = run(fakes.study(folder, **{"search.trials": 3, "search.concurrent": 1}), resume=True)
     assert document["trials"]["finished"] == 3
     assert (folder / "trials.jsonl").read_bytes() == lines
+
+
+def test_a_running_search_is_not_overwritten_by_a_second_one(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run(fakes.study(folder, **{"search.trials": 3}))
+    before = sorted(str(path) for path in folder.rglob("*"))
+    with output.hold(folder), pytest.raises(InputError, match="another process"):
+        search.run(fakes.study(folder), overwrite=True, say=lambda line: None, work=fakes.work, load=fakes.load)
+    assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_mlflow_follows_a_search_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAILED, then RUNNING while it goes on, then FINISHED."""
+    from mlflow import MlflowClient
+
+    config = fakes.study(tmp_path / "out", **{"search.trials": 3, "train.max_failures": 0})
+    names = tuple(f"{family}-000" for family in ("plain", "sum", "rectified"))
+    with pytest.raises(RuntimeError, match="all 3 trials failed"):
+        run(config, broken=names)
+    client = MlflowClient(config.track.uri)
+    run_id = json.loads((tmp_path / "out" / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "FAILED"
+    seen: list[str] = []
+    real = search._trials
+
+    def watched(*given: Any) -> None:
+        time.sleep(5)  # two deliveries
+        seen.append(client.get_run(run_id).info.status)
+        real(*given)
+
+    monkeypatch.setattr(search, "_trials", watched)
+    run(config, resume=True)
+    assert seen == ["RUNNING"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_an_error_in_the_driver_leaves_no_trial_that_seems_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(study: trial.Study, searcher: Any, at_a_time: int) -> None:
+        spec = searcher.suggest("first")
+        with journal.Journal(study.folder / "trials" / spec["id"]) as record:
+            record.run(spec["id"], {})
+        raise SystemExit(143)  # as SIGTERM ends a driver
+
+    monkeypatch.setattr(search, "_tune", broken)
+    with pytest.raises(SystemExit):
+        run(fakes.study(tmp_path / "out"))
+    assert journal.load(tmp_path / "out" / "trials" / "plain-000").status == "stopped"
+    assert journal.load(tmp_path / "out").status == "stopped"
+
+
+@pytest.mark.parametrize(("workers", "tries"), [(0, 2), (2, 0)])
+def test_trials_with_workers_are_restarted_once_and_not_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, tries: int
+) -> None:
+    from ray import tune
+
+    seen: list[int] = []
+
+    def tuner(*_: Any, run_config: Any, **__: Any) -> Any:
+        seen.append(run_config.failure_config.max_failures)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "Tuner", tuner)
+    config = fakes.study(tmp_path / "out", **{"train.workers": workers, "train.max_failures": 2})
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert seen == [tries]
+    assert journal.load(tmp_path / "out").status == "stopped"
+
+
+def test_no_file_of_a_search_holds_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store takes the password from the config alone; config, request, trials and journals have none of it."""
+    plain = fakes.study(tmp_path / "out", **{"search.trials": 3})
+    secret = settings.with_values(plain, {"track.uri": "postgresql://user:hunter2@db/mlflow"})
+    given: list[str] = []
+    monkeypatch.setattr(search_checks.tracking, "check", given.append)
+    monkeypatch.setattr(search, "Courier", lambda uri, *_, **__: given.append(uri) or nullcontext())
+    monkeypatch.setattr(search, "_frontier", lambda folder, uri, say: given.append(uri) or {})
+    run(secret)
+    assert given == ["postgresql://user:hunter2@db/mlflow"] * 3
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+    assert "postgresql://db/mlflow" in (tmp_path / "out" / "request.yaml").read_text()
+    run(secret, resume=True)
 
 
 def test_one_metric(tmp_path: Path) -> None:

@@ -314,6 +314,42 @@ def test_artifacts_arrive_and_none_from_outside_the_folder(delivery: Delivery, t
     assert "../secret.txt" in delivery.notes[0]
 
 
+def test_an_artifact_that_cannot_be_stored_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed artifact folder: metrics, statuses and other runs arrive, one line tells, and a retry mends it."""
+    said: list[str] = []
+    folder = write_search(tmp_path / "search", trials=1)
+    bad = folder / "trials" / "plain-000"
+    with Journal(bad) as record:
+        (bad / "scores.json").write_text("{}")
+        record.artifact("scores.json")
+        record.status("finished")
+    upload = Mlflow.upload
+
+    def closed(store: Mlflow, run_id: str, path: Path, under: str | None = None) -> None:
+        if path.parent == bad:
+            raise PermissionError(13, "Permission denied", "/closed")
+        upload(store, run_id, path, under)
+
+    monkeypatch.setattr(Mlflow, "upload", closed)
+    courier = Courier(empty_store(tmp_path / "m.db"), "study", folder, say=said.append)
+    assert not courier.flush()
+    store = Mlflow(f"sqlite:///{tmp_path}/m.db")
+    assert_delivered(store, folder)
+    run_id = remembered(bad)["run_id"]
+    assert store.client.get_run(run_id).info.status == "FINISHED"
+    assert not courier.flush()  # nothing new, and still not there
+    assert not courier.close()
+    assert [line for line in said if "plain-000: artifact scores.json: [Errno 13] Permission denied" in line]
+    assert "1 run(s) are not delivered in full" in said[-1]
+    assert not any("is away" in line for line in said)
+
+    monkeypatch.setattr(Mlflow, "upload", upload)
+    said.clear()
+    assert courier.close()
+    assert said == []
+    assert [each.path for each in store.client.list_artifacts(run_id)] == ["scores.json"]
+
+
 def test_limits_of_mlflow_are_kept(delivery: Delivery, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with Journal(folder) as record:

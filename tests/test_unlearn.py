@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from gru_core.errors import InputError
-from pipelines import journal, unlearn
+from pipelines import courier, journal, ray_start, search_inputs, settings, unlearn
 from tests.study import Study, final_weights, gru
 
 QUIET: list[str] = []
@@ -156,6 +157,8 @@ def test_two_ray_workers_are_one_process(whole: tuple[Path, dict[str, Any]], stu
     """TorchTrainer with 2 gloo workers: the same points, and after SIGKILL of a worker the same weights."""
     import ray
 
+    from pipelines import prepare
+
     calm, shaken = tmp_path / "calm", tmp_path / "shaken"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
@@ -172,8 +175,166 @@ def test_two_ray_workers_are_one_process(whole: tuple[Path, dict[str, Any]], stu
         assert equal(final_weights(calm), final_weights(shaken))
         steps = [e["step"] for e in journal.read(shaken)[0] if "train/lr" in e.get("metrics", {})]
         assert steps == list(range(1, 13)), "each step once"
+
+        before = contents(calm)
+        where = prepare.folders(study.load(calm)).retain  # knows nothing of what is to be forgotten
+        with pytest.raises(InputError, match="nothing to forget"):
+            unlearn.run(study.load(calm, "train.workers=2", f"model.path={where}"), overwrite=True, say=say)
+        assert contents(calm) == before, "bad input that only weights tell must leave the old result alone"
     finally:
         ray.shutdown()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def runs(study: Study) -> int:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{study.folder}/mlflow.db")
+    return len(client.search_runs([each.experiment_id for each in client.search_experiments()]))
+
+
+@pytest.fixture
+def old(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of a result, in the way of a new run."""
+    return shutil.copytree(whole[0], tmp_path / "old")
+
+
+def test_what_workers_cannot_read_is_told_before_the_old_result_goes(
+    study: Study, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(*given: Any) -> None:
+        assert given[1:3] == ((), 0.0)
+        raise InputError("no such file on the worker's node")
+
+    monkeypatch.setattr(ray_start, "connect", lambda train, say: 0.0)
+    monkeypatch.setattr(search_inputs, "put", put)
+    before, known = contents(old), runs(study)
+    with pytest.raises(InputError, match="no such file on the worker's node"):
+        unlearn.run(study.load(old, "train.workers=2"), overwrite=True, say=say)
+    assert contents(old) == before
+    assert runs(study) == known
+
+
+def test_a_deleted_experiment_is_told_before_the_old_result_goes(study: Study, old: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{study.folder}/mlflow.db")
+    client.delete_experiment(client.create_experiment("gone"))
+    before = contents(old)
+    with pytest.raises(InputError, match="experiment 'gone' was deleted"):
+        unlearn.run(study.load(old, "track.experiment=gone"), overwrite=True, say=say)
+    assert contents(old) == before
+
+
+def test_a_run_that_replaces_another_measures_its_own_end_points(
+    study: Study, old: Path, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    (old / "baseline.json").write_text("another run's")
+    again = unlearn.run(study.load(old), overwrite=True, say=say)
+    assert again["points"] == whole[1]["points"]
+
+
+def test_no_gpu_is_told_before_the_old_result_goes(study: Study, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = contents(old)
+    for override, message in (("train.gpus_per_worker=1", "at most 0"), ("train.gpus_per_worker=1.5", "a fraction")):
+        with pytest.raises(InputError, match=f"train.gpus_per_worker.*{message}"):
+            unlearn.run(study.load(old, override), overwrite=True, say=say)
+    assert contents(old) == before
+
+
+def test_credentials_of_the_store_are_written_nowhere(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver alone knows them: no file, parameter or line holds them."""
+    given, store = "postgresql://somebody:planted-secret@127.0.0.1/runs", tmp_path / "store" / "mlflow.db"
+    used: list[str] = []
+
+    class Local(courier.Courier):
+        def __init__(self, uri: str, *rest: Any, **more: Any) -> None:
+            used.append(uri)
+            super().__init__(f"sqlite:///{store}", *rest, **more)
+
+    monkeypatch.setattr(unlearn.tracking, "check", used.append)
+    monkeypatch.setattr(unlearn, "Courier", Local)
+    said: list[str] = []
+    result = unlearn.run(study.load(tmp_path / "run", f"track.uri={given}"), say=said.append)
+    assert used == [given, given]
+    assert result["tracking_uri"] == "postgresql://127.0.0.1/runs"
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert {"config.yaml", "request.yaml", "journal.jsonl", "mlflow.db"} <= {f.name for f in files}
+    for secret in ("planted-secret", "somebody"):
+        assert [f for f in files if secret.encode() in f.read_bytes()] == []
+        assert secret not in "\n".join(said)
+    assert settings.load(str(tmp_path / "run" / "config.yaml")).track.uri == "postgresql://127.0.0.1/runs"
+
+
+def test_how_a_run_ended_is_recorded_each_time_and_hides_nothing(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    config = study.load(folder)
+
+    def failing(error: BaseException) -> Any:
+        def work(assignment: Any, group: Any, report: Any) -> None:
+            with journal.Journal(folder) as record:
+                record.run("run", {})
+                record.metrics(len(seen) + 1, {"train/lr": 1.0})
+            seen.append(error)
+            raise error
+
+        return work
+
+    seen: list[BaseException] = []
+    statuses = []
+    for error in (RuntimeError("first"), RuntimeError("second"), KeyboardInterrupt()):
+        monkeypatch.setattr(unlearn.worker, "task", failing(error))
+        with pytest.raises(type(error), match=f"^{error}$"):
+            unlearn.run(config, resume=bool(seen), say=say)
+        statuses.append(run_status(study, folder))
+    assert statuses == ["FAILED", "FAILED", "KILLED"]
+    assert journal.load(folder).status == "stopped"
+
+    with (folder / journal.NAME).open("a") as file:
+        file.write("broken\n{}\n")
+    monkeypatch.setattr(unlearn.worker, "task", _raise_disk)
+    with pytest.raises(OSError, match="disk full"):
+        unlearn.run(config, resume=True, say=say)
+
+
+def _raise_disk(assignment: Any, group: Any, report: Any) -> None:
+    raise OSError("disk full")
+
+
+def run_status(study: Study, folder: Path) -> str:
+    from mlflow import MlflowClient
+
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    return MlflowClient(f"sqlite:///{study.folder}/mlflow.db").get_run(run_id).info.status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_stops_a_run_in_order(study: Study, tmp_path: Path, workers: int) -> None:
+    """What `gru submit stop` and batch systems send: exit code 130, the run is `stopped`, and MLflow knows."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pipelines", "unlearn", "-c", str(study.config), "--output", str(folder)]
+    command += ["--set", "unlearn.steps=100000", "--set", "unlearn.evaluate_every=100000"]
+    command += ["--set", f"train.workers={workers}"]
+    process = subprocess.Popen(
+        command, env={**os.environ, **study.environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 120
+    while max(journal.load(folder).metrics, default=0) < 5 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert (process.returncode, printed.strip().splitlines()[-1]) == (130, "gru: interrupted"), printed
+    assert journal.load(folder).status == "stopped"
+    assert run_status(study, folder) == "KILLED"
 
 
 def _workers() -> list[int]:
