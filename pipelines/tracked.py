@@ -89,10 +89,10 @@ def _track(folder: Path, given: str | None) -> TrackConfig:
     config = folder / "config.yaml"
     track = settings.load(str(config)).track if config.is_file() else TrackConfig()
     experiment = stored.get("experiment", track.experiment)
-    choices = [resolve_uri(TrackConfig(uri=given))] if given else [resolve_uri(track), resolve_uri(TrackConfig())]
     if given or "uri" not in stored:
-        return TrackConfig(choices[0], experiment)
-    # mlflow.json is written without user and password: take the same address with them where it is set
+        return TrackConfig(resolve_uri(TrackConfig(uri=given) if given else track), experiment)
+    # Files hold the address without user and password: take the same one with them where the environment has it.
+    choices = [resolve_uri(TrackConfig()), resolve_uri(track)]
     return TrackConfig(next((uri for uri in choices if hide(uri) == stored["uri"]), stored["uri"]), experiment)
 
 

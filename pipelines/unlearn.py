@@ -104,6 +104,12 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
     tracking.check(uri)
     config = inputs.without_secrets(config)  # all that is written, or sent to workers, comes from here on
     folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
+    with output.hold(folder):
+        return _held(config, folder, uri, overwrite, resume, say)
+
+
+def _held(config: RunConfig, folder: Path, uri: str, overwrite: bool, resume: bool, say: Say) -> dict[str, Any]:
+    """The run, once its folder belongs to this process alone."""
     if resume:
         _same_config(config, folder)
     gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
