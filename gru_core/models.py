@@ -44,6 +44,23 @@ def check_model_folder(path: str, what: str = "model.path") -> None:
         raise InputError(f"{what}: folder {path!r} has no tokenizer (tokenizer.json)")
 
 
+def check_model(path: str, what: str = "model.path") -> None:
+    """Refuse a model that cannot be had, before anything expensive; reads no weights.
+
+    Raises:
+        InputError: as :func:`check_model_folder`; for a hub id, that its config cannot be fetched.
+    """
+    check_model_folder(path, what)
+    if _is_folder(path):
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what}: cannot load {path!r} from the hub: {_first_line(error)}") from error
+
+
 def compute_dtype(config: ModelConfig) -> torch.dtype:
     """The type that forward and backward compute in."""
     return torch.float32 if config.dtype == "float32" else torch.bfloat16

@@ -46,7 +46,7 @@ def check_inputs(config: RunConfig) -> None:
     build_rule(config.rectify)
     for path, what in ((config.model.path, "model.path"), (config.retain_model, "retain_model")):
         if path is not None and path != "prepared":
-            models.check_model_folder(path, what)
+            models.check_model(path, what)
     benchmark = load_benchmark(config.benchmark)
     check_metrics(config.evaluate, config.retain_model is not None, benchmark)
     retain_subset(benchmark, config.retain, config.train.seed)

@@ -81,6 +81,22 @@ def test_pickled_weights_and_missing_folders_are_refused(folder: Path, tmp_path:
         models.load_model("/no/such/model", ModelConfig())
 
 
+def test_a_hub_model_that_cannot_be_had_is_told_before_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked: list[str] = []
+
+    def offline(path: str, **options: object) -> None:
+        asked.append(path)
+        assert options == {"trust_remote_code": False}
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(InputError, match=r"model\.path: cannot load .some/model. from the hub: We couldn.t connect$"):
+        models.check_model("some/model")
+    assert asked == ["some/model"]
+
+
 def test_truncated_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     """transformers would fill a missing tensor with random numbers and go on."""
     from safetensors.torch import load_file, save_file
