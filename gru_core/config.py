@@ -222,7 +222,7 @@ class EvaluateConfig:
     """What is measured at every evaluation, and the two numbers that span the trade-off."""
 
     __pydantic_config__ = _STRICT
-    metrics: tuple[str, ...] = ("extraction_strength", "model_utility", "forget_quality")
+    metrics: tuple[str, ...] = ("extraction_strength", "model_utility")
     """Names from ``gru_core.metrics.METRICS``."""
     unlearning: str = "extraction_strength"
     """Forget-set metric, lower when forgotten, behind the unlearning score."""

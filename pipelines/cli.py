@@ -69,6 +69,12 @@ def _run(
     return result
 
 
+def _resumed(output: str | None, resume: bool) -> str | None:
+    """The request that a folder was started with: ``--output FOLDER --resume`` needs no config."""
+    file = Path(output).expanduser() / "request.yaml" if output and resume else None
+    return str(file) if file is not None and file.is_file() else None
+
+
 def _load(
     source: str | None,
     overrides: Sequence[str] | None,
@@ -155,7 +161,7 @@ def unlearn(
     console.quiet(verbose)
 
     def work(say: console.Say) -> dict[str, Any]:
-        config = _load(source, overrides, output, tracking_uri)
+        config = _load(source or _resumed(output, resume), overrides, output, tracking_uri)
         from pipelines import unlearn as module
 
         return module.run(config, overwrite=overwrite, resume=resume, say=say)
@@ -176,7 +182,7 @@ def search(
     console.quiet(verbose)
 
     def work(say: console.Say) -> dict[str, Any]:
-        config = _load(source, overrides, output, tracking_uri)
+        config = _load(source or _resumed(output, resume), overrides, output, tracking_uri)
         from pipelines import search as module
 
         return module.run(config, overwrite=overwrite, resume=resume, say=say)

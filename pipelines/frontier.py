@@ -20,6 +20,8 @@ from pipelines import journal, tracked
 Say = Callable[[str], None]
 Document = dict[str, Any]
 ORDER = ("plain", "sum", "rectified")
+_FEW = 5
+"""Trials of a family below which a difference between families says nothing."""
 ENDED = ("finished", "collapsed", "non_finite")
 """Statuses of a trial that used its budget; any other trial is incomplete."""
 
@@ -185,7 +187,9 @@ def _notes(trials: Sequence[Trial], families: Mapping[str, Mapping[str, Any]], g
                 else f"rectified covers as much of the trade-off as {other}"
             )
         if gain and len({trial.params.get("train.seed") for trial in trials}) == 1:
-            notes.append("one seed: a small difference may be chance")
+            few = min((len([t for t in trials if t.family == f]) for f in {t.family for t in trials}), default=0)
+            many = "one seed: a small difference may be chance"
+            notes.append(many if few >= _FEW else f"one seed and {few} trial(s) a family: no conclusion can be drawn")
     incomplete = sum(each["incomplete"] for each in families.values())
     if incomplete:
         notes.append(f"{incomplete} trial(s) did not run to their end (failed, stopped or still running)")

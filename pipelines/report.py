@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gru_core.config import TrackConfig
+from pipelines import settings
 from pipelines.stores import hide, resolve_uri
 
 WIDTH = 140
@@ -45,10 +47,23 @@ def search(document: Mapping[str, Any]) -> list[str]:
     for family, value in sorted(document["hypervolume"].items(), key=lambda item: -item[1]):
         lines.append(f"  {family:<12} {number(value)}")
     if knee := document.get("knee"):
-        lines.append(f"knee: trial {knee['trial']}, step {knee['step']}")
+        lines.append(f"knee (farthest from the line between the frontier's ends): {knee['trial']}, step {knee['step']}")
+        lines += [f"take it: {command}" for command in take(document, knee)]
     lines += [f"note: {note}" for note in document.get("notes", ())]
     lines += [f"{name}: {path}" for name, path in document["artifacts"].items()]
     return [*lines, f"browse it: {open_mlflow(document['tracking_uri'])}"]
+
+
+def take(document: Mapping[str, Any], point: Mapping[str, Any]) -> list[str]:
+    """The command that makes the model of a point again: its trial's config, ended at its step."""
+    if not document.get("folder"):
+        return []
+    config = Path(document["folder"]) / "trials" / str(point["trial"]) / "config.yaml"
+    if not config.is_file() or settings.load(str(config)).unlearn.schedule != "constant":
+        return []  # under another schedule a shorter run takes other steps
+    chosen = Path(document["folder"]).with_name(f"{Path(document['folder']).name}-chosen")
+    words = ["gru", "unlearn", "-c", str(config), "--set", f"unlearn.steps={point['step']}", "--output", str(chosen)]
+    return [shlex.join(words)]
 
 
 def job(document: Mapping[str, Any]) -> list[str]:

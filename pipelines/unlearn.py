@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gru_core import models
+from gru_core import checkpoint, models
 from gru_core.benchmarks import load_benchmark, retain_subset
 from gru_core.config import RunConfig
 from gru_core.errors import InputError, StorageError
@@ -34,8 +34,11 @@ from pipelines.narrate import watching
 Say = Callable[[str], None]
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig) -> int:
     """Everything that can be wrong with a run and can be told without weights; writes nothing.
+
+    Returns:
+        The number of retain rows that train.
 
     Raises:
         InputError: the first thing that is wrong.
@@ -49,7 +52,7 @@ def check_inputs(config: RunConfig) -> None:
             models.check_model(path, what)
     benchmark = load_benchmark(config.benchmark)
     check_metrics(config.evaluate, config.retain_model is not None, benchmark)
-    retain_subset(benchmark, config.retain, config.train.seed)
+    return len(retain_subset(benchmark, config.retain, config.train.seed))
 
 
 def ignored(config: RunConfig) -> list[str]:
@@ -62,6 +65,13 @@ def ignored(config: RunConfig) -> list[str]:
         for name in fields
         if name not in uses and getattr(config.rectify, name) != getattr(default, name)
     ]
+
+
+def _scale(config: RunConfig) -> list[str]:
+    """What the unlearning score means where nothing marks its end."""
+    if config.retain_model is not None:
+        return []
+    return [f"no retain model: unlearning 1 means that {config.evaluate.unlearning} has fallen to 0"]
 
 
 def train(
@@ -99,28 +109,33 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
         RuntimeError: the run met a loss that is not finite; its folder holds what was measured before.
         KeyboardInterrupt: stopped before its end; ``resume`` goes on.
     """
-    check_inputs(config)
+    rows = check_inputs(config)
     uri = tracking.resolve_uri(config.track)
     tracking.check(uri)
     config = inputs.without_secrets(config)  # all that is written, or sent to workers, comes from here on
     folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
     with output.hold(folder):
-        return _held(config, folder, uri, overwrite, resume, say)
+        return _held(config, rows, folder, uri, overwrite, resume, say)
 
 
-def _held(config: RunConfig, folder: Path, uri: str, overwrite: bool, resume: bool, say: Say) -> dict[str, Any]:
+def _held(
+    config: RunConfig, rows: int, folder: Path, uri: str, overwrite: bool, resume: bool, say: Say
+) -> dict[str, Any]:
     """The run, once its folder belongs to this process alone."""
     if resume:
         _same_config(config, folder)
     gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
-    for line in ignored(config):
+    for line in (*ignored(config), *_scale(config)):
         say(f"note: {line}")
     ready = prepare.resolve(config, say=say)
     shared = _inputs(ready, folder if resume else None, gpus, say)
     deliver = Courier(uri, config.track.experiment, folder, say=say)  # before claim: it may refuse the experiment
     folder = output.claim(Path(config.output.dir), overwrite=overwrite, resume=resume)
     (folder / "request.yaml").write_text(settings.to_yaml(config))
-    say(f"unlearning in {folder}: {config.unlearn.objective}, rule {config.rectify.rule}, {config.unlearn.steps} steps")
+    found = checkpoint.latest(folder / "checkpoints")
+    begun = f", from step {found.step} on" if found else ""
+    what = f"{config.unlearn.objective}, rule {config.rectify.rule}, {config.unlearn.steps} steps"
+    say(f"unlearning in {folder}: {what}, {rows} retain rows{begun}")
     tags = {"gru.kind": "run", **provenance.tags()}
     with deliver as courier, watching(_teller(folder, config, say)):
         try:

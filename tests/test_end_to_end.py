@@ -163,3 +163,25 @@ def test_mlflow_that_goes_away_costs_nothing(study: Study, tmp_path: Path) -> No
         synced = frontier.build(str(folder), tracking_uri=server.uri, sync=True, say=lines.append)
         from_server = frontier.build(synced["run_id"], tracking_uri=server.uri, out=tmp_path / "mine", say=lines.append)
     assert from_server["hypervolume"] == document["hypervolume"]
+
+
+def test_the_point_that_a_search_chooses_becomes_a_model(study: Study, tmp_path: Path) -> None:
+    """The printed command makes the model of the knee again, and it scores as the point did."""
+    import shlex
+
+    folder = tmp_path / "search"
+    more = ["--set", "search.trials=3", "--set", "search.sampler=random", "--set", SPACE]
+    done = gru(["search", "-c", str(study.config), *more, "--output", str(folder)], study.environment)
+    assert done.returncode == 0, done.stderr
+    command = next(line for line in done.stdout.splitlines() if line.startswith("take it: ")).removeprefix("take it: ")
+    words = shlex.split(command)
+    assert words[:2] == ["gru", "unlearn"]
+    taken = gru([*words[1:], "--json"], study.environment)
+    assert taken.returncode == 0, taken.stderr
+    result = json.loads(taken.stdout)
+    knee = json.loads((folder / "frontier.json").read_text())["knee"]
+    assert (Path(result["model"]) / "model.safetensors").exists()
+    assert result["points"][-1]["step"] == knee["step"]
+    assert result["scores"]["unlearning"] == pytest.approx(knee["unlearning"], abs=1e-9)
+    assert result["scores"]["retention"] == pytest.approx(knee["retention"], abs=1e-9)
+    assert "no conclusion can be drawn" in done.stdout

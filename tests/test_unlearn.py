@@ -439,3 +439,24 @@ def test_a_full_disk_ends_with_1_and_keeps_the_checkpoint(study: Study, tmp_path
         assert str(last.folder) in line
     finally:
         subprocess.run(["umount", str(small)], check=False)
+
+
+@pytest.mark.slow
+def test_resume_needs_no_config(study: Study, tmp_path: Path) -> None:
+    """`gru unlearn --output FOLDER --resume` goes on with what the folder was started with, and says from where."""
+    folder = tmp_path / "run"
+    arguments = [
+        "unlearn",
+        "-c",
+        str(study.config),
+        "--set",
+        "unlearn.steps=300",
+        "--set",
+        "unlearn.evaluate_every=300",
+    ]
+    command = [sys.executable, "-m", "pipelines", *arguments, "--output", str(folder)]
+    process = subprocess.Popen(command, env={**os.environ, **study.environment}, stdout=subprocess.DEVNULL, text=True)
+    kill_when(process, folder, 20)
+    done = gru(["unlearn", "--output", str(folder), "--resume"], study.environment)
+    assert done.returncode == 0, done.stderr
+    assert "300 steps, 24 retain rows, from step" in done.stdout
