@@ -383,9 +383,13 @@ def benchmark(perturbed: bool, *sets: str) -> Benchmark:
     return Benchmark("mine", (), (), {s: (EvalRow(f"{s}:0", "q", "a", perturbed=wrong),) for s in sets})
 
 
-def test_check_metrics_accepts_the_defaults_on_a_full_benchmark():
-    check_metrics(EvaluateConfig(), True, benchmark(True, "forget", "retain", "authors", "facts"))
-    assert requested(EvaluateConfig()) == ("extraction_strength", "model_utility", "forget_quality")
+QUALITY = EvaluateConfig(metrics=("extraction_strength", "model_utility", "forget_quality"))
+
+
+def test_check_metrics_accepts_a_full_benchmark():
+    check_metrics(QUALITY, True, benchmark(True, "forget", "retain", "authors", "facts"))
+    assert requested(QUALITY) == ("extraction_strength", "model_utility", "forget_quality")
+    check_metrics(EvaluateConfig(), False, None)  # the defaults ask for no retain model
 
 
 @pytest.mark.parametrize(
@@ -396,7 +400,7 @@ def test_check_metrics_accepts_the_defaults_on_a_full_benchmark():
         (EvaluateConfig(unlearning="forget_quality"), True, "evaluate.unlearning"),
         (EvaluateConfig(retention="forget_rouge"), True, "retention: got 'forget_rouge', allowed: model_utility"),
         (EvaluateConfig(retention="retain_truth_ratio"), True, "evaluate.retention"),
-        (EvaluateConfig(), False, "forget_quality compares .*set retain_model"),
+        (QUALITY, False, "forget_quality compares .*set retain_model"),
     ],
 )  # fmt: skip
 def test_check_metrics_refuses_with_one_clear_line(config, retain_model, message):
@@ -408,7 +412,7 @@ def test_check_metrics_refuses_with_one_clear_line(config, retain_model, message
 def test_check_metrics_says_what_a_benchmark_lacks():
     bare = benchmark(False, "forget", "retain")
     with pytest.raises(InputError, match="forget_quality cannot be computed on mine: 1 of 1 rows of its forget set"):
-        check_metrics(EvaluateConfig(), True, bare)
+        check_metrics(QUALITY, True, bare)
     check_metrics(EvaluateConfig(metrics=("model_utility",)), False, bare)  # partial, with a note
     with pytest.raises(InputError, match="model_utility cannot be computed on mine: it has no retain set"):
         check_metrics(EvaluateConfig(metrics=("forget_rouge",)), False, benchmark(False, "forget"))
