@@ -16,8 +16,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,3 +41,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
 def _one_thread() -> None:
     """Tiny models on few cores: threads that wait for each other cost more than they bring."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _interrupts() -> None:
+    """Ctrl-C as a terminal has it: a shell's background job starts with it ignored, and Ray leaves its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
