@@ -79,11 +79,6 @@ def launch(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    callbacks: list[Any] = []
-    if in_tune:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        callbacks.append(TuneReportCallback())
     resources = {"CPU": float(train.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _on_worker,
@@ -94,7 +89,7 @@ def launch(
             name=name,
             storage_path=str(folder.absolute() / "ray"),
             failure_config=FailureConfig(max_failures=train.max_failures),
-            callbacks=callbacks,
+            callbacks=_tune_callbacks() if in_tune else [],
             **_logging(),
         ),
     )
@@ -102,6 +97,13 @@ def launch(
     if isinstance(value, _Refused):
         raise value.error
     return value
+
+
+def _tune_callbacks() -> list[Any]:
+    """What carries workers' reports on to the Tune trial that this process is."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    return [TuneReportCallback()]
 
 
 def _fit(trainer: Any) -> Any:
