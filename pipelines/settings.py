@@ -164,14 +164,24 @@ def _locate(path: Sequence[str]) -> tuple[list[str], Any]:
     names: list[str] = []
     here: Any = RunConfig
     for part in path:
+        here = _section(here)
         if dataclasses.is_dataclass(here):
+            if part not in _hints(typing.cast(type, here)):  # the branch of a union, where a section may be null
+                continue
             here = _hints(typing.cast(type, here))[part]
         elif typing.get_origin(here) is dict and dataclasses.is_dataclass(typing.get_args(here)[1]):
             here = typing.get_args(here)[1]
         else:
             break
         names.append(part)
-    return names, here
+    return names, _section(here)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass of a section that may be null; any other type as it is."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next((arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), hint)
+    return hint
 
 
 def _words(hint: Any) -> str:
@@ -198,6 +208,7 @@ def _leaves(cls: type, prefix: str) -> Iterator[str]:
     for name, hint in _hints(cls).items():
         if name.startswith("__"):
             continue
+        hint = _section(hint)
         if dataclasses.is_dataclass(hint):
             yield from _leaves(typing.cast(type, hint), f"{prefix}{name}.")
         else:

@@ -134,7 +134,8 @@ def test_flat_has_every_key_once_and_scalars_alone() -> None:
     assert flat["evaluate.metrics"] == "extraction_strength, model_utility"
     assert flat["search.space.retain.size"] == "50, 100"
     assert all(isinstance(value, str | int | float | bool | None) for value in flat.values())
-    assert set(settings.keys()) - set(flat) == {"search.space", "search.families"}
+    lora = {f"model.lora.{name}" for name in ("rank", "alpha", "dropout", "targets")}
+    assert set(settings.keys()) - set(flat) == {"search.space", "search.families"} | lora  # model.lora is null
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -163,7 +164,15 @@ BAD = [
     ("unlearn.dropout=1", "unlearn.dropout: got 1", "true or false"),
     ("model.path=3", "model.path: got 3", "text"),
     ("model.dtype=float16", "model.dtype: got 'float16'", "bfloat16"),
-    ("model.lora={r: 8}", "model.lora: got {'r': 8}", "null"),
+    ("model.lora={r: 8}", "unknown key 'model.lora.r'", "rank"),
+    ("model.lora=8", "model.lora: got 8", "a mapping"),
+    ("model.lora.rank=0", "model.lora.rank: got 0", "from 1"),
+    ("train.strategy=fsdp", "train.workers: got 0", "fsdp"),
+    ("train.strategy=zero", "train.strategy: got 'zero'", "ddp, fsdp"),
+    ("train.min_workers=3", "train.min_workers: got 3", "1 to train.workers"),
+    ("train.cpu_offload=true", "train.cpu_offload: got True", "fsdp"),
+    ("train.grace=0", "train.grace: got 0", "above 0"),
+    ("output.merged=true", "output.merged: got True", "model.lora"),
     ("train.gpus_per_worker=all", "train.gpus_per_worker: got 'all'", "a number or auto"),
     ("train.workers=-1", "train.workers: got -1", "from 0"),
     ("evaluate.metrics=extraction_strength", "evaluate.metrics: got 'extraction_strength'", "a list"),

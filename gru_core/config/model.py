@@ -1,0 +1,76 @@
+"""The model that is to forget, and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gru_core.config.checks import STRICT, check, finite
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): the model's own weights are frozen, the adapters are trained."""
+
+    __pydantic_config__ = STRICT
+    rank: int = 16
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapter's input; active only with ``unlearn.dropout``."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, such as ``q_proj``; empty: all in the transformer blocks."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "model.lora.rank", self.rank, "a whole number from 1")
+        check(finite(self.alpha) and self.alpha > 0, "model.lora.alpha", self.alpha, "a number above 0")
+        ok = finite(self.dropout) and 0 <= self.dropout < 1
+        check(ok, "model.lora.dropout", self.dropout, "a number from 0, below 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is to forget."""
+
+    __pydantic_config__ = STRICT
+    path: str = "prepared"
+    """A local folder, a hub id, or ``prepared``: the target model that ``gru prepare`` makes (and caches)."""
+    dtype: Literal["float32", "bfloat16", "pure_bfloat16"] = "float32"
+    """Compute type. ``bfloat16`` computes in bf16 over float32 weights, gradients and optimizer state;
+    ``pure_bfloat16`` stores everything in bf16 too: small updates are then lost, and a warning says so."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters; null: all parameters. With ``bfloat16`` the frozen weights are stored in bf16."""
+    system_prompt: str | None = None
+    """System message, for tokenizers with a chat template."""
+    chat_date: str = "10 Apr 2025"
+    """The date that templates with a clock are given, so that a prompt is the same every day."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.path), "model.path", self.path, "a folder, a hub id or 'prepared'")
+        dtypes = ("float32", "bfloat16", "pure_bfloat16")
+        check(self.dtype in dtypes, "model.dtype", self.dtype, ", ".join(dtypes))
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is to be forgotten, what is to be kept, and the rows that score both."""
+
+    __pydantic_config__ = STRICT
+    name: str = "authors"
+    """``authors`` (built in), ``tofu`` or ``jsonl``."""
+    split: str = "forget10"
+    """Forget split: of ``authors`` and ``tofu``, ``forget01``, ``forget05`` or ``forget10``."""
+    data_dir: str | None = None
+    """``tofu``: a local folder of its JSON files; null loads ``locuslab/TOFU`` from the hub."""
+    forget: str | None = None
+    """``jsonl``: file of rows to forget."""
+    retain: str | None = None
+    """``jsonl``: file of rows to keep."""
+    retain_rows: int | None = None
+    """Keep only the first n rows of the retain set (named ``retain-first-n`` in results); null: all."""
+    seed: int = 0
+    """``authors``: seed of the generated biographies."""
+
+    def __post_init__(self) -> None:
+        rows = self.retain_rows
+        check(rows is None or rows >= 1, "benchmark.retain_rows", rows, "null or a whole number from 1")
