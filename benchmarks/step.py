@@ -30,10 +30,11 @@ from torch import nn
 from gru_core.batch import TokenRow, collate
 from gru_core.config import ModelConfig, RunConfig, UnlearnConfig
 from gru_core.logprobs import answer_counts, answer_nll
+from gru_core.losses import Rows
 from gru_core.models import set_dropout
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group
-from gru_core.step import Rows, Step, build_optimizer
+from gru_core.step import Step, build_optimizer
 
 SHAPES: dict[str, dict[str, int]] = {
     "24m": {

@@ -1,37 +1,41 @@
 """Checkpoints: plain directories of safetensors and JSON, written whole or not at all.
 
     step-00000020/
-        config.json, model.safetensors    weights, readable by transformers
-        optimizer.safetensors             AdamW's moments, by parameter number
+        config.json                       the model's settings
+        model.safetensors                 weights, readable by transformers; adapter_model.safetensors under LoRA
+        optimizer.safetensors             AdamW's moments, by parameter name
         ema.safetensors                   the retain gradient's moving average, where there is one
-        rng.safetensors                   torch (CPU, CUDA) and NumPy generator states
+        shard-*.safetensors               in place of the three above under FSDP2: one file from each rank
+        rng.safetensors                   torch (CPU, CUDA), NumPy and Python generator states
         reference.safetensors             the starting model's losses, where the objective needs them
-        state.json                        step (which is also the data position), drift, sizes of all files
+        state.json                        step (which is also the data position), drift, and of all other files
+                                          size and checksum
 
-A directory is written under another name and renamed; ``state.json`` lists every file's size, so that a
-truncated one is noticed and the checkpoint before it is used.
+A directory is written under another name and renamed. ``state.json`` tells a truncated file or a flipped byte, and
+the checkpoint before it is used. What is in the files: :mod:`gru_core.checkpoint_tensors`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gru_core import checkpoint_tensors as tensors
 from gru_core.errors import StorageError
-from gru_core.parallel import unwrap
+from gru_core.parallel import Group, is_sharded
 
 _KEEP = 2
+_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -43,23 +47,73 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint under ``folder``; a damaged one is passed over."""
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def latest(folder: Path, damaged: list[str] | None = None, *, verify: bool = True) -> Checkpoint | None:
+    """The newest whole checkpoint under ``folder``; a damaged one is passed over.
+
+    Args:
+        damaged: gets one line for each that is passed over, with what is wrong with it.
+        verify: also compare checksums, which reads every file; without it, names and sizes alone.
+    """
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        found = read(candidate)
+        found, fault = _examine(candidate, verify)
         if found is not None:
             return found
+        if damaged is not None:
+            damaged.append(f"checkpoint {candidate} is damaged ({fault}) and is passed over")
     return None
 
 
-def read(folder: Path) -> Checkpoint | None:
+def read(folder: Path, *, verify: bool = True) -> Checkpoint | None:
     """The checkpoint in ``folder``, or None where it is damaged."""
+    return _examine(folder, verify)[0]
+
+
+def _examine(folder: Path, verify: bool) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or what is wrong with it."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return Checkpoint(folder, int(state["step"]), state) if whole else None
+        state = json.loads((folder / _STATE).read_text())
+        if state.pop("checksum") != _state_checksum(state):
+            return None, f"{_STATE} has another checksum"
+        files = dict(state["files"])
+        found = Checkpoint(folder, int(state["step"]), state)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, f"{_STATE} cannot be read"
+    for name, known in files.items():
+        fault = _fault(folder / name, name, known, verify)
+        if fault:
+            return None, f"{name} {fault}"
+    return found, ""
+
+
+def _fault(file: Path, name: str, known: dict[str, int], verify: bool) -> str:
+    if Path(name).name != name or file.is_symlink():
+        return "is not a file of this folder"
+    try:
+        if file.stat().st_size != known["size"]:
+            return f"has {file.stat().st_size} bytes, not {known['size']}"
+        if verify and _checksum(file) != known["crc32"]:
+            return "has another checksum"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return ""
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _state_checksum(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+# ----------------------------------------------------------------------------------------------- writing
 
 
 def save(
@@ -70,32 +124,81 @@ def save(
     momentum: list[torch.Tensor] | None,
     state: dict[str, Any],
     reference: torch.Tensor | None = None,
+    group: Group | None = None,
 ) -> Path:
-    """Write ``folder/step-NNNNNNNN`` and drop all but the last two. Call on rank 0 only.
+    """Write ``folder/step-NNNNNNNN`` and drop all but the last two. Call on every rank.
+
+    Rank 0 writes all of it; of a sharded model every rank writes its own part.
 
     Raises:
-        StorageError: the disk is full or gone; names the last whole checkpoint, which is left alone.
+        StorageError: the disk is full or gone, on every rank; names the last whole checkpoint, which is left alone.
     """
+    group = group or Group()
     target, part = folder / f"step-{step:08d}", folder / f".part-{step:08d}"
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write(part, unwrap(model), optimizer, momentum, reference)
-        files = {f.name: f.stat().st_size for f in sorted(part.iterdir())}
-        (part / "state.json").write_text(json.dumps(state | {"step": step, "files": files}))
-        for file in part.iterdir():
+    held = tensors.Held(model, optimizer, momentum)
+    numbers = {"optimizer": held.optimizer_summary(), "sharded": is_sharded(model), "ranks": group.size}
+
+    def clear() -> None:
+        if group.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+    def write() -> dict[str, dict[str, int]]:
+        part.mkdir(parents=True, exist_ok=True)  # another machine may see another folder
+        before = set(part.iterdir()) if is_sharded(model) else set()
+        tensors.write(part, held, reference, group)
+        mine = [f for f in sorted(part.iterdir()) if _written_by(f.name, group) and f not in before]
+        for file in mine:
             _sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
+        return {f.name: {"size": f.stat().st_size, "crc32": _checksum(f)} for f in mine}
+
+    def finish() -> None:
+        if group.rank == 0:
+            whole = state | numbers | {"step": step, "files": files}
+            (part / _STATE).write_text(json.dumps(whole | {"checksum": _state_checksum(whole)}))
+            _sync(part / _STATE)
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+            _sync(folder)
+
+    files: dict[str, dict[str, int]] = {}
+    try:
+        _together(clear, group)
+        for written in _together(write, group):
+            files |= written
+        _together(finish, group)
+    except StorageError as error:
         shutil.rmtree(part, ignore_errors=True)
-        last = latest(folder)
+        last = latest(folder, verify=False)
         kept = f"the last whole checkpoint is {last.folder}" if last else "there is no earlier checkpoint"
         raise StorageError(f"cannot write checkpoint {target}: {error}; {kept}") from error
-    for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    if part.exists():  # this rank's own copy of the folder, where machines share none
+        part.rename(target)
+    if group.rank == 0 or not (target / _STATE).exists():
+        for old in sorted(folder.glob("step-*"))[:-_KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _written_by(name: str, group: Group) -> bool:
+    """Whether a file in the folder is this rank's: its shard, and on rank 0 all that is no shard."""
+    if name.startswith("shard-"):
+        return int(name.split("-")[1]) == group.rank + 1
+    return group.rank == 0
+
+
+def _together(work: Callable[[], Any], group: Group) -> list[Any]:
+    """``work`` on every rank, and its results; an error on one is an error on all, so that none is left waiting."""
+    result, fault = None, ""
+    try:
+        result = work()
+    except (OSError, SafetensorError) as error:
+        fault = str(error) or type(error).__name__
+    parts = group.gather((result, fault))
+    for _, fault in parts:
+        if fault:
+            raise StorageError(fault)
+    return [result for result, _ in parts]
 
 
 def _sync(path: Path) -> None:
@@ -106,67 +209,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name: the tensors themselves, not copies."""
-    kept = model.state_dict().keys()
-    named = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
-    return {name: t.detach() for name, t in named.items()}
-
-
-def _write(
-    part: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    momentum: list[torch.Tensor] | None,
-    reference: torch.Tensor | None,
-) -> None:
-    model.config.save_pretrained(part)  # type: ignore[union-attr, operator]
-    tensors = {name: t.contiguous() for name, t in weights(model).items()}
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    moments = {
-        f"{number}.{name}": torch.as_tensor(value).detach().contiguous()
-        for number, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
-    save_file(moments, part / "optimizer.safetensors")
-    if momentum is not None:
-        save_file({str(i): m.contiguous() for i, m in enumerate(momentum)}, part / "ema.safetensors")
-    save_file(_rng_tensors(), part / "rng.safetensors")
-    if reference is not None:
-        save_file({"nll": reference}, part / "reference.safetensors")
-
-
-def _rng_tensors() -> dict[str, torch.Tensor]:
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    python = random.getstate()
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss]),
-        "numpy_cached": torch.tensor([cached], dtype=torch.float64),
-        "python": torch.tensor(python[1], dtype=torch.int64),
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors
-
-
-def _restore_rng(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["torch"])
-    position, has_gauss = tensors["numpy_position"].tolist()
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, float(tensors["numpy_cached"])))
-    random.setstate((3, tuple(tensors["python"].tolist()), None))
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+# ----------------------------------------------------------------------------------------------- loading
 
 
 def load(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group | None = None,
 ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
-    """Put weights, optimizer state and RNG states back.
+    """Put weights, optimizer state and RNG states back; the model may be spread over another number of ranks, or not
+    at all. Call on every rank.
 
     Returns:
         EMA buffer and reference losses, each None where the run has none.
@@ -174,27 +227,8 @@ def load(
     Raises:
         StorageError: the checkpoint does not belong to this model.
     """
-    folder, inner = checkpoint.folder, unwrap(model)
-    stored = load_file(folder / "model.safetensors", device=str(device))
-    own = weights(inner)
-    if stored.keys() != own.keys() or any(stored[k].shape != own[k].shape for k in own):
-        raise StorageError(f"checkpoint {folder} belongs to another model")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
-    settings = optimizer.state_dict()
-    settings["state"] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors", device=str(device)).items():
-        number, name = key.split(".", 1)
-        settings["state"].setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict(settings)
-    momentum = None
-    if (folder / "ema.safetensors").exists():
-        tensors = load_file(folder / "ema.safetensors", device=str(device))
-        # Cloned: a view into the file has another alignment, and BLAS then adds up in another order.
-        momentum = [tensors[str(i)].clone() for i in range(len(tensors))]
-    reference = None
-    if (folder / "reference.safetensors").exists():
-        reference = load_file(folder / "reference.safetensors")["nll"]
-    _restore_rng(load_file(folder / "rng.safetensors"))
-    return momentum, reference
+    group = group or Group()
+    try:
+        return tensors.read(checkpoint.folder, checkpoint.state, model, optimizer, group)
+    except (KeyError, OSError, SafetensorError) as error:
+        raise StorageError(f"checkpoint {checkpoint.folder} cannot be loaded: {error}") from error

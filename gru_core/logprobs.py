@@ -30,7 +30,20 @@ def answer_nll(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tenso
     A batch or a row without answer tokens gives zeros that still have a gradient (of zero).
     """
     logits_NV, targets_N = _gather(logits_BTV, labels_BT)
-    return _scatter(F.cross_entropy(logits_NV.float(), targets_N, reduction="none"), labels_BT)
+    return _scatter(F.cross_entropy(_precise(logits_NV), targets_N, reduction="none"), labels_BT)
+
+
+def answer_kl(frozen_BTV: torch.Tensor, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """``KL(frozen || model)`` of the next-token distributions at every answer token, in nats, (B, T-1), zero off the
+    answer; differentiable in the second argument.
+
+    Padding and prompt carry none: some published code averages over them, too.
+    """
+    frozen_NV, _ = _gather(frozen_BTV, labels_BT)
+    logits_NV, _ = _gather(logits_BTV, labels_BT)
+    log_frozen_NV, log_NV = _precise(frozen_NV).log_softmax(-1), _precise(logits_NV).log_softmax(-1)
+    kl_N = F.kl_div(log_NV, log_frozen_NV, reduction="none", log_target=True).sum(-1)
+    return _scatter(kl_N, labels_BT)
 
 
 def sequence_nll(nll_BT1: torch.Tensor) -> torch.Tensor:
@@ -49,13 +62,18 @@ def answer_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tens
 def answer_nll_and_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`answer_nll` and :func:`answer_hits` from one gather."""
     logits_NV, targets_N = _gather(logits_BTV, labels_BT)
-    nll_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    nll_N = F.cross_entropy(_precise(logits_NV), targets_N, reduction="none")
     return _scatter(nll_N, labels_BT), _scatter(_hits(logits_NV, targets_N), labels_BT)
 
 
 def _hits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     top_N, place_N = logits_NV.max(dim=-1)
     return (place_N == targets_N) & torch.isfinite(top_N)
+
+
+def _precise(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32: a soft-max over a vocabulary in bf16 loses most of its digits."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _gather(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

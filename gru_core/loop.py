@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from gru_core import checkpoint
 from gru_core.config import RunConfig
+from gru_core.losses import Frozen, Losses, Rows, reference_losses
 from gru_core.models import set_dropout
 from gru_core.objectives import Objective
 from gru_core.parallel import Group, unwrap
-from gru_core.step import Losses, Rows, Step
+from gru_core.step import Step
 
-Status = Literal["finished", "collapsed"]
+Status = Literal["finished", "collapsed", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,14 @@ class Hooks:
     Attributes:
         log: ``(step, metrics)`` after every step, counted from 1.
         evaluate: ``(step)``: measure the model as it stands; must leave training state alone.
+        stop: whether to end after the step at hand, with a checkpoint; asked on every rank, one is enough.
+        saved: ``(folder)``: all ranks have written a checkpoint there.
     """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     evaluate: Callable[[int], None] = lambda step: None
+    stop: Callable[[], bool] = lambda: False
+    saved: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
@@ -41,32 +45,13 @@ class Outcome:
     steps: int
 
 
-@torch.no_grad()
-def reference_losses(losses: Losses, data: Rows, group: Group) -> torch.Tensor:
-    """Summed NLL of every row under the model as it stands, (n,) float64 on the CPU, the same on every rank.
-
-    Taken once, before the first step: the frozen starting model then needs no second copy in memory.
-    """
-    mine: list[tuple[int, float]] = []
-    chunk = losses.micro_batch or 64
-    places = range(len(data.rows))
-    for start in range(0, len(places), chunk * group.size):
-        for batch in losses.batches(data, places[start : start + chunk * group.size]):
-            values = losses.forward(batch).nll_B
-            mine += zip(batch.index_B.tolist(), values.tolist(), strict=True)
-    out = torch.zeros(len(data.rows), dtype=torch.float64)
-    for part in group.gather(mine):
-        for place, value in part:
-            out[place] = value
-    return out
-
-
 class Run:
     """One unlearning run: build, resume, go.
 
     Args:
-        model: plain or DDP-wrapped, on the group's device.
+        model: plain, DDP-wrapped or sharded, on the group's device, with the starting weights.
         folder: where checkpoints live; None: none are written.
+        frozen: the starting model, where the retain loss compares with it.
     """
 
     def __init__(
@@ -79,6 +64,7 @@ class Run:
         group: Group,
         hooks: Hooks,
         folder: Path | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         self.config, self.group, self.hooks, self.folder = config, group, hooks, folder
         found = self._found()
@@ -87,7 +73,7 @@ class Run:
             losses = Losses(model, config.model, group, config.train.micro_batch)
             forget = Rows(forget.rows, reference_losses(losses, forget, group))
         set_dropout(unwrap(model), config.unlearn.dropout)
-        self.step = Step(model, config, objective, forget, retain, group)
+        self.step = Step(model, config, objective, forget, retain, group, frozen)
         self.start = 0
         self._ended = False
         self._probe_start: float | None = None
@@ -100,11 +86,11 @@ class Run:
             return None
         mine = checkpoint.latest(self.folder) if self.group.rank == 0 else None
         name = self.group.gather(mine.folder.name if mine else None)[0]
-        return checkpoint.read(self.folder / name) if name else None
+        return checkpoint.read(self.folder / name, verify=False) if name else None
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         step = self.step
-        momentum, reference = checkpoint.load(found, step.model, step.optimizer, self.group.device)
+        momentum, reference = checkpoint.load(found, step.model, step.optimizer, self.group)
         step.restore(found.state, momentum)
         step.forget = Rows(step.forget.rows, reference)
         self.start = found.step
@@ -126,7 +112,7 @@ class Run:
             self._probe_start = self._probe()
         for number in range(self.start, settings.steps):
             done = number + 1
-            metrics = self.step(number)
+            metrics = self.step(number, self.hooks.stop())
             due = done % settings.evaluate_every == 0
             if due and not self.step.reads_retain and self.step.retain.rows:
                 metrics["retain_loss"] = self._probe() or 0.0
@@ -135,10 +121,12 @@ class Run:
             last = collapsed or done == settings.steps
             if last or due:
                 self.hooks.evaluate(done)
-            if last or done % self.config.train.checkpoint_every == 0:
+            if last or self.step.stop or done % self.config.train.checkpoint_every == 0:
                 self._save(done, collapsed)
             if collapsed:
                 return Outcome("collapsed", done)
+            if self.step.stop and not last:
+                return Outcome("stopped", done)
         return Outcome("finished", settings.steps)
 
     def _probe(self) -> float | None:
@@ -162,8 +150,9 @@ class Run:
         if self.folder is None:
             return
         step = self.step
-        if self.group.rank == 0:
-            state = step.state() | {"probe_start": self._probe_start, "collapsed": collapsed}
-            reference = step.forget.reference
-            checkpoint.save(self.folder, done, step.model, step.optimizer, step.momentum, state, reference)
-        self.group.barrier()
+        state = step.state() | {"probe_start": self._probe_start, "collapsed": collapsed}
+        reference = step.forget.reference
+        saved = checkpoint.save(
+            self.folder, done, step.model, step.optimizer, step.momentum, state, reference, self.group
+        )
+        self.hooks.saved(saved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,12 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def weight_dtype(config: ModelConfig) -> torch.dtype:
-    """The type that weights, gradients and optimizer state are stored in."""
-    return torch.bfloat16 if config.dtype == "pure_bfloat16" else torch.float32
+    """The type that the model's weights are stored in, and with them gradients and optimizer state.
+
+    Frozen weights under adapters have no small updates to lose, so bf16 is enough for them; adapters are float32.
+    """
+    frozen = config.lora is not None and config.dtype == "bfloat16"
+    return torch.bfloat16 if config.dtype == "pure_bfloat16" or frozen else torch.float32
 
 
 def load_model(path: str, config: ModelConfig, what: str = "model.path") -> nn.Module:
@@ -128,8 +132,76 @@ def _first_line(error: Exception) -> str:
 
 def max_length(model: nn.Module) -> int:
     """Longest row that the model takes, tokens."""
-    limit = getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH
+    return max_length_of(model.config)
+
+
+def max_length_of(settings: Any) -> int:
+    """The same, of a model's settings (its ``config.json``)."""
+    limit = getattr(settings, "max_position_embeddings", None) or MAX_LENGTH
     return min(int(limit), MAX_LENGTH)
+
+
+def load_settings(path: str, what: str = "model.path") -> Any:
+    """A model's settings (``config.json``) without its weights.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    from transformers import AutoConfig
+
+    local = _is_folder(path)
+    try:
+        source = str(Path(path).expanduser()) if local else path
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what}: cannot load {path!r}: {_first_line(error)}") from error
+
+
+def local_folder(path: str, what: str = "model.path") -> Path:
+    """The folder of a model; one on the hub is downloaded: settings, tokenizer and safetensors, nothing else.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    check_model_folder(path, what)
+    if _is_folder(path):
+        return Path(path).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what}: cannot load {path!r} from the hub: {_first_line(error)}") from error
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, the units of sharding and of activation checkpointing, in order.
+
+    By the class names that the model itself says must not be split; else the longest list of modules in it.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [m for m in model.modules() if type(m).__name__ in names]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return found or max(lists, key=len, default=[])
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep a block's input alone for the backward pass, and compute the rest of it again there.
+
+    The switch that models have of their own works in train mode only, where dropout would be on, too.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **options)
+            return checkpoint(forward, *args, use_reentrant=False, **options)
+
+        return call
+
+    for block in blocks(model):
+        block.forward = wrapped(block.forward)
 
 
 def set_dropout(model: nn.Module, active: bool) -> None:

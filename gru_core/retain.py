@@ -19,14 +19,22 @@ class RetainLoss:
     Attributes:
         unit: what the sum is divided by.
         loss_sum: the sum over the batch's units, differentiable.
+        needs_frozen: whether it compares with the starting model's distributions (``kl_BT1`` must be there).
     """
 
     unit: Literal["token", "sequence"]
     loss_sum: Callable[[AnswerLosses], torch.Tensor]
+    needs_frozen: bool = False
+
+
+def _divergence(losses: AnswerLosses) -> torch.Tensor:
+    assert losses.kl_BT1 is not None, "kl needs the starting model"
+    return losses.kl_BT1.sum()
 
 
 RETAIN_LOSSES: dict[str, RetainLoss] = {
     "nll": RetainLoss("token", lambda losses: losses.nll_BT1.sum()),
+    "kl": RetainLoss("token", _divergence, needs_frozen=True),
 }
 
 

@@ -1,44 +1,30 @@
 """One optimizer step: retain gradient, forget gradient, Gram matrix, rule, combine, clip, AdamW.
 
-The same code runs in one process and under DDP. Every loss is a sum divided by the *global* count of its
-unit over the step, times the number of ranks, because DDP averages: N ranks take the step of one.
+The same code runs in one process, under DDP and under FSDP2. Under DDP gradients are equal on all ranks and so is
+their Gram matrix; under FSDP2 each rank has its shards, and the inner products travel with the two losses: one message
+of a few float64 numbers a step. Losses: :mod:`gru_core.losses`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from gru_core.batch import Stream, TokenBatch, TokenRow, collate
-from gru_core.config import ModelConfig, RunConfig, UnlearnConfig
+from gru_core.batch import Stream
+from gru_core.config import RunConfig, UnlearnConfig
 from gru_core.errors import NonFiniteError
-from gru_core.logprobs import answer_counts, answer_nll
-from gru_core.models import compute_dtype
-from gru_core.objectives import AnswerLosses, Objective
-from gru_core.parallel import Group, no_sync, unwrap
+from gru_core.losses import Frozen, Losses, Rows
+from gru_core.objectives import Objective
+from gru_core.parallel import Group, is_sharded, local, unwrap
 from gru_core.rectify import Gram, Rule, build_rule, combine, gram, squared_norm
-from gru_core.retain import RetainLoss, build_retain_loss
+from gru_core.retain import build_retain_loss
 
 _CANCELLED = 1e-3
 """Below this share of ``||g_u||^2`` the norm of the update from the Gram matrix has lost digits."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A tokenised dataset.
-
-    Attributes:
-        rows: token rows.
-        reference: summed NLL of each row under the starting model, (n,), or None.
-    """
-
-    rows: Sequence[TokenRow]
-    reference: torch.Tensor | None = None
 
 
 @dataclass
@@ -82,83 +68,19 @@ def build_optimizer(model: nn.Module, config: UnlearnConfig) -> torch.optim.Adam
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
 
 
-class Losses:
-    """Forward passes of this rank's share of a global batch.
-
-    Args:
-        model: plain or DDP-wrapped causal LM.
-        micro_batch: rows per forward pass; None: all of the rank's rows at once.
-    """
-
-    def __init__(self, model: nn.Module, model_config: ModelConfig, group: Group, micro_batch: int | None) -> None:
-        self.model, self.group, self.micro_batch = model, group, micro_batch
-        dtype = compute_dtype(model_config)
-        self._autocast = dtype if model_config.dtype == "bfloat16" else None
-        self._pad = getattr(unwrap(model).config, "pad_token_id", None) or 0
-
-    def batches(self, data: Rows, positions: Sequence[int]) -> list[TokenBatch]:
-        """Micro-batches of this rank's share of ``positions``."""
-        mine = self.group.share(positions)
-        size = self.micro_batch or max(1, len(mine))
-        chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
-        return [collate([data.rows[i] for i in chunk], chunk, self._pad) for chunk in chunks]
-
-    def forward(self, batch: TokenBatch, reference: torch.Tensor | None = None) -> AnswerLosses:
-        """Answer losses of one micro-batch.
-
-        With gradients the forward goes through DDP, where there is one. Without, it goes past it: DDP may start a
-        collective in its forward, and a rank without rows would leave the others waiting in it.
-        """
-        batch = batch.to(self.group.device)
-        model = self.model if torch.is_grad_enabled() else unwrap(self.model)
-        with torch.autocast(self.group.device.type, self._autocast, enabled=self._autocast is not None):
-            logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False).logits
-        nll_BT1 = answer_nll(logits_BTV, batch.labels_BT)
-        known_B = None if reference is None else reference[batch.index_B.cpu()].to(nll_BT1)
-        return AnswerLosses(nll_BT1, answer_counts(batch.labels_BT), known_B)
-
-    def accumulate(
-        self,
-        data: Rows,
-        positions: Sequence[int],
-        loss_sum: Callable[[AnswerLosses], torch.Tensor],
-        unit: Literal["token", "sequence"],
-        weight: float,
-    ) -> float:
-        """Backward of ``weight * loss_sum / global count`` over all micro-batches, one synchronisation.
-
-        Returns:
-            This rank's part of the mean loss: the sum over ranks is the global mean, unweighted.
-        """
-        count = global_count(data.rows, positions, unit)
-        batches = self.batches(data, positions)
-        total = torch.zeros((), dtype=torch.float64, device=self.group.device)
-        for i, batch in enumerate(batches):
-            with no_sync(self.model, active=i < len(batches) - 1):
-                loss = loss_sum(self.forward(batch, data.reference))
-                (loss * (weight * self.group.size / count)).backward()
-            total += loss.detach()
-        return float(total) / count
-
-    @torch.no_grad()
-    def mean(self, data: Rows, positions: Sequence[int], loss: RetainLoss) -> float:
-        """Global mean loss without gradients, the same on every rank."""
-        total = sum(float(loss.loss_sum(self.forward(b))) for b in self.batches(data, positions))
-        return self.group.sum([total])[0] / global_count(data.rows, positions, loss.unit)
-
-
-def global_count(rows: Sequence[TokenRow], positions: Sequence[int], unit: Literal["token", "sequence"]) -> int:
-    """Units of the global batch, known on every rank before the first forward pass."""
-    return len(positions) if unit == "sequence" else sum(rows[i].answer_length for i in positions)
-
-
 class Step:
     """The state of one run between steps: model, optimizer, EMA buffer, drift.
 
     Args:
-        model: plain or DDP-wrapped; already on the group's device.
+        model: plain, DDP-wrapped or sharded; already on the group's device.
         forget: rows to forget, with reference losses where the objective needs them.
         retain: the retain subset; unused by rules without a retain gradient, but for the collapse probe.
+        frozen: the starting model, where the retain loss compares with it.
+
+    Attributes:
+        momentum: the retain gradient's moving average ``m``, one tensor (or shard) per parameter; None before the
+            first retain pass.
+        stop: whether any rank was told to stop, as of the last step; the same on every rank.
     """
 
     def __init__(
@@ -169,13 +91,15 @@ class Step:
         forget: Rows,
         retain: Rows,
         group: Group,
+        frozen: Frozen | None = None,
     ) -> None:
         self.model, self.config, self.objective, self.group = model, config, objective, group
+        self.sharded = is_sharded(model)
         self.forget, self.retain = forget, retain
         self.retain_loss = build_retain_loss(config.retain.loss)
         self.rule: Rule = build_rule(config.rectify)
         self.reads_retain = "ema" in self.rule.uses
-        self.losses = Losses(model, config.model, group, config.train.micro_batch)
+        self.losses = Losses(model, config.model, group, config.train.micro_batch, frozen)
         self.parameters = [p for p in unwrap(model).parameters() if p.requires_grad]
         self.optimizer = build_optimizer(unwrap(model), config.unlearn)
         seed, size = config.train.seed, config.unlearn.batch_size
@@ -183,9 +107,10 @@ class Step:
         self.retain_stream = Stream(len(retain.rows), size, seed, "retain") if retain.rows else None
         self.momentum: list[torch.Tensor] | None = None
         self.drift = Drift()
+        self.stop = False
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Take step number ``step`` (from 0).
+    def __call__(self, step: int, stop: bool = False) -> dict[str, float]:
+        """Take step number ``step`` (from 0). ``stop``: this rank was told to stop (see :attr:`stop`).
 
         Returns:
             The step's metrics, named as they are tracked (without ``train/``).
@@ -198,16 +123,17 @@ class Step:
             torch.manual_seed(hash((self.config.train.seed, self.group.rank, step)) % 2**63)
         retain_part = self._retain_pass(step, ema) if self.reads_retain else 0.0
         forget_part = self._forget_pass(step)
-        retain_loss, forget_loss = self.group.sum([retain_part, forget_part])
+        update = [local(g) for g in self._gradients()]
+        momentum = [local(m) for m in self.momentum or []]
+        raw = gram(update, momentum) if self.reads_retain else Gram(squared_norm(update), 0.0, 0.0)
+        retain_loss, forget_loss, raw = self._agree(retain_part, forget_part, raw, stop)
         self._require_finite(step, {"retain loss": retain_loss, "forget loss": forget_loss})
         out = {"forget_loss": forget_loss, "lr": learning_rate(self.config.unlearn, step)}
-        update = self._gradients()
         if self.reads_retain:
-            out |= self._rectify(step, update, retain_loss, ema)
+            out |= self._rectify(step, update, momentum, raw, retain_loss)
         else:
-            uu = squared_norm(update)
-            self._require_finite(step, {"forget gradient's squared norm": uu})
-            out |= {"update_norm": self._apply(update, [], Gram(uu, 0.0, 0.0), 1.0, 0.0)}
+            self._require_finite(step, {"forget gradient's squared norm": raw.uu})
+            out |= {"update_norm": self._apply(update, [], raw, 1.0, 0.0)}
         for settings in self.optimizer.param_groups:
             settings["lr"] = out["lr"]
         self.optimizer.step()
@@ -216,6 +142,13 @@ class Step:
         if ema == 1:
             self.momentum = None
         return out
+
+    def _agree(self, retain: float, forget: float, mine: Gram, stop: bool) -> tuple[float, float, Gram]:
+        """Global losses and Gram matrix, the same on every rank, in one message."""
+        parts = (mine.uu, mine.ur, mine.rr) if self.sharded else ()
+        retain, forget, stops, *sums = self.group.sum([retain, forget, float(stop), *parts])
+        self.stop = stops > 0
+        return retain, forget, Gram(*sums) if self.sharded else mine
 
     def probe(self) -> float:
         """Mean retain loss of the first retain batch, without gradients: tells a collapse where the rule
@@ -230,12 +163,14 @@ class Step:
         """
         assert self.retain_stream is not None
         if self.momentum is not None:
-            torch._foreach_mul_(self.momentum, 1 - ema)
+            torch._foreach_mul_([local(m) for m in self.momentum], 1 - ema)
             for p, m in zip(self.parameters, self.momentum, strict=True):
                 p.grad = m
         positions = self.retain_stream.rows(step)
         loss = self.retain_loss
-        part = self.losses.accumulate(self.retain, positions, loss.loss_sum, loss.unit, ema)
+        part = self.losses.accumulate(
+            self.retain, positions, loss.loss_sum, loss.unit, ema, divergence=loss.needs_frozen
+        )
         self.momentum = self._gradients()
         for p in self.parameters:
             p.grad = None
@@ -253,16 +188,17 @@ class Step:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def _rectify(self, step: int, update: list[torch.Tensor], retain_loss: float, ema: float) -> dict[str, float]:
-        assert self.momentum is not None
-        raw = gram(update, self.momentum)
+    def _rectify(
+        self, step: int, update: list[torch.Tensor], momentum: list[torch.Tensor], raw: Gram, retain_loss: float
+    ) -> dict[str, float]:
+        ema = self.config.rectify.ema
         self._require_finite(step, {"Gram matrix": raw.uu + abs(raw.ur) + raw.rr})
         self.drift.update(retain_loss, ema)
         # m starts at 0, so it is small at first; rules see m / (1 - (1-ema)^t). The projection does not care.
         debias = 1 / (1 - (1 - ema) ** (step + 1))
         seen = raw.scaled(debias)
         w_u, w_r = self.rule.weights(seen, self.drift.value)
-        norm = self._apply(update, self.momentum, raw, w_u, w_r * debias)
+        norm = self._apply(update, momentum, raw, w_u, w_r * debias)
         return {
             "retain_loss": retain_loss, "cosine": seen.cosine, "conflict": float(seen.ur < 0),
             "weight_forget": w_u, "weight_retain": w_r, "update_norm": norm,
@@ -276,7 +212,8 @@ class Step:
         measured = norm * norm < _CANCELLED * w_u * w_u * g.uu
         if measured:  # nearly all of g_u was removed: count what is left instead of subtracting
             combine(update, momentum, w_u, w_r)
-            norm, w_u, w_r = math.sqrt(squared_norm(update)), 1.0, 0.0
+            left = squared_norm(update)
+            norm, w_u, w_r = math.sqrt(self.group.sum([left])[0] if self.sharded else left), 1.0, 0.0
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         combine(update, momentum, w_u * factor, w_r * factor)
         return norm * factor

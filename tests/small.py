@@ -10,10 +10,10 @@ from torch import nn
 from gru_core.batch import Row, TokenRow, encode
 from gru_core.config import PrepareConfig, RectifyConfig, RetainConfig, RunConfig, TrainConfig, UnlearnConfig
 from gru_core.loop import Hooks, Run
+from gru_core.losses import Rows
 from gru_core.models import build_small, build_tokenizer
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, wrap
-from gru_core.step import Rows
 
 SHAPE = PrepareConfig(hidden=16, layers=2, heads=2, intermediate=32)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gru_core import checkpoint
+from gru_core import checkpoint, checkpoint_tensors
 from gru_core.errors import StorageError
 from gru_core.loop import Hooks
 from tests import small
@@ -68,7 +68,7 @@ def test_generators_are_restored(tmp_path: Path) -> None:
     want = (torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)])
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    checkpoint.load(found, net, run.step.optimizer, torch.device("cpu"))
+    checkpoint.load(found, net, run.step.optimizer)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]) == want
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
 
 
 def test_a_full_disk_names_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = checkpoint.save_file, []
+    real, calls = checkpoint_tensors.save_file, []
 
     def full(*args: Any, **kw: Any) -> None:
         calls.append(1)
@@ -109,7 +109,7 @@ def test_a_full_disk_names_the_last_whole_checkpoint(tmp_path: Path, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*args, **kw)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_tensors, "save_file", full)
     with pytest.raises(StorageError, match=r"No space left.*last whole checkpoint is .*step-00000005"):
         small.build(small.config(20), small.model(), folder=tmp_path)()
     assert [f.name for f in tmp_path.iterdir()] == ["step-00000005"]

@@ -23,6 +23,7 @@ from gru_core.config import EvaluateConfig, ModelConfig, PrepareConfig
 from gru_core.errors import InputError
 from gru_core.metrics import METRICS, Evaluation, evaluate
 from gru_core.metrics.generate import greedy
+from gru_core.metrics.scorer import Scorer
 from gru_core.parallel import Group, wrap
 
 EVERYTHING = EvaluateConfig(metrics=tuple(METRICS), max_new_tokens=12)
@@ -465,27 +466,27 @@ def test_batched_generation_equals_hugging_face_row_by_row(kind, batch_rows, lla
     stop = {tokenizer.eos_token_id, free[1][2], free[5][9]} if kind == "gpt2" else {tokenizer.eos_token_id}
     expected = [hugging_face(model, p, stop, 20) for p in prompts]
     assert len({len(e) for e in expected}) > 2
-    made = greedy(model, prompts, stop=stop, pad_id=0, max_new_tokens=20, batch_rows=batch_rows)
+    made = greedy(Scorer.of(model), prompts, stop=stop, pad_id=0, max_new_tokens=20, batch_rows=batch_rows)
     assert made == expected
 
 
 def test_generation_ends_where_the_positions_end(gpt2, tokenizer):
     prompts = [[5] * 38, [6, 7, 8], [9] * 30]
-    alone = [greedy(gpt2, [p], stop=(), pad_id=0, max_new_tokens=30, batch_rows=1)[0] for p in prompts]
+    alone = [greedy(Scorer.of(gpt2), [p], stop=(), pad_id=0, max_new_tokens=30, batch_rows=1)[0] for p in prompts]
     # 40 positions: the token that follows the last one can still be read off
     assert [len(a) for a in alone] == [3, 30, 11]
-    assert greedy(gpt2, prompts, stop=(), pad_id=0, max_new_tokens=30, batch_rows=3) == alone
+    assert greedy(Scorer.of(gpt2), prompts, stop=(), pad_id=0, max_new_tokens=30, batch_rows=3) == alone
 
 
 def test_generation_of_nothing_and_without_a_cache(gpt2, tokenizer):
-    assert greedy(gpt2, [], stop=(), pad_id=0, max_new_tokens=3, batch_rows=2) == []
+    assert greedy(Scorer.of(gpt2), [], stop=(), pad_id=0, max_new_tokens=3, batch_rows=2) == []
 
     class NoCache(Bigram):
         def forward(self, input_ids):
             raise AssertionError
 
     with pytest.raises(InputError, match="key-value cache, got NoCache"):
-        greedy(NoCache(9), [[1]], stop=(), pad_id=0, max_new_tokens=3, batch_rows=2)
+        greedy(Scorer.of(NoCache(9)), [[1]], stop=(), pad_id=0, max_new_tokens=3, batch_rows=2)
 
 
 def test_every_end_token_of_the_model_stops(llama, tokenizer):

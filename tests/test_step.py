@@ -153,9 +153,9 @@ def test_clipping_comes_after_rectification() -> None:
 def test_norm_where_nearly_everything_cancels() -> None:
     """Forget rows and retain rows the same: g_u = -g_r for ga, and GRU leaves (almost) nothing."""
     from gru_core.loop import Run
+    from gru_core.losses import Rows
     from gru_core.objectives import build_objective
     from gru_core.parallel import Group
-    from gru_core.step import Rows
 
     rows, cfg = small.token_rows()[:8], small.config(3, objective="ga", rectify={"ema": 1.0}, weight_decay=0.0)
     seen: list[dict[str, float]] = []
@@ -169,11 +169,11 @@ def test_norm_where_nearly_everything_cancels() -> None:
 
 def test_retain_loss_rises_less_than_under_plain_unlearning() -> None:
     """2503.09117, theorem: with gamma 1 and a small step the rectified update hurts retention less."""
+    from gru_core.losses import Losses, Rows
     from gru_core.models import set_dropout
     from gru_core.parallel import Group
     from gru_core.rectify import gram
     from gru_core.retain import build_retain_loss
-    from gru_core.step import Losses, Rows
 
     rows, cfg = small.token_rows(), small.config(1)
     places_f, places_r = range(12), range(28)

@@ -6,21 +6,20 @@ forced tokens), and goes on with logits that are not numbers. Shape legend: B ro
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from gru_core.errors import InputError
+from gru_core.metrics.scorer import Scorer
 
 _ENDED = -1
 
 
 @torch.no_grad()
 def greedy(
-    model: nn.Module,
+    scorer: Scorer,
     prompts: Sequence[Sequence[int]],
     *,
     stop: Collection[int],
@@ -40,7 +39,7 @@ def greedy(
     out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_rows):
         chosen = order[start : start + batch_rows]
-        batch = _Batch(model, [prompts[i] for i in chosen], pad_id, max_new_tokens)
+        batch = _Batch(scorer, [prompts[i] for i in chosen], pad_id, max_new_tokens)
         for place, tokens in zip(chosen, batch.run(stop), strict=True):
             out[place] = tokens
     return out
@@ -49,13 +48,12 @@ def greedy(
 class _Batch:
     """One batch on its way. ``rows`` are the places in the batch of the rows still carried along."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, max_new: int) -> None:
-        self.model, self.pad_id = model, pad_id
-        self.device = next(model.parameters()).device
-        names = inspect.signature(model.forward).parameters
-        if "past_key_values" not in names:
+    def __init__(self, scorer: Scorer, prompts: Sequence[Sequence[int]], pad_id: int, max_new: int) -> None:
+        self.forward, self.device, self.pad_id = scorer.forward, scorer.device, pad_id
+        model = scorer.model
+        if not scorer.takes("past_key_values"):
             raise InputError(f"generation needs a model with a key-value cache, got {type(model).__name__}")
-        self.takes = {name for name in ("position_ids", "logits_to_keep") if name in names}
+        self.takes = {name for name in ("position_ids", "logits_to_keep") if scorer.takes(name)}
         B, S = len(prompts), max(map(len, prompts))
         ids_BS = torch.full((B, S), pad_id)
         self.mask = torch.zeros((B, S + max_new), dtype=torch.int64)
@@ -93,7 +91,7 @@ class _Batch:
     def _next_logits(self) -> torch.Tensor:
         """Logits (B, V) of the next token; grows the cache by the tokens fed."""
         options: dict[str, Any] = {"position_ids": self.positions, "logits_to_keep": 1}
-        out = self.model(
+        out = self.forward(
             input_ids=self.ids,
             attention_mask=self.mask_so_far(),
             past_key_values=self.cache,

@@ -6,7 +6,6 @@ answer token), K1 = K - 1 predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,8 +21,9 @@ from gru_core.logprobs import answer_counts, answer_nll_and_hits, sequence_nll
 from gru_core.metrics.base import LOST_NLL, AnswerScores, Hits, Kind, Measurements, Need, RowScores
 from gru_core.metrics.generate import greedy
 from gru_core.metrics.rouge import rouge_l_recall
+from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.tokens import EncodedRow, encode_row
-from gru_core.parallel import Group, unwrap
+from gru_core.parallel import Group, is_sharded, lockstep, unwrap
 
 
 class _Task(NamedTuple):
@@ -58,11 +58,12 @@ def measure(
     plain = unwrap(model)
     tasks = _tasks(plain, tokenizer, benchmark, needs, config, model_config)
     mine = group.share(tasks)
-    device = next(plain.parameters()).device
+    device = group.device if is_sharded(model) else next(plain.parameters()).device  # shards may rest on the host
     bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=model_config.dtype == "bfloat16")
-    with torch.no_grad(), _evaluating(plain), bf16:
-        forced = _teacher_forced(plain, tokenizer, mine, config.batch_rows)
-        rouge = _rouges(plain, tokenizer, mine, config)
+    with _evaluating(plain), bf16, lockstep(model, group) as forward:
+        scorer = Scorer(plain, forward, device)
+        forced = _teacher_forced(scorer, tokenizer, mine, config.batch_rows)
+        rouge = _rouges(scorer, tokenizer, mine, config)
     scores = [_row(task, forced, rouge) for task in mine]
     sets: dict[str, list[RowScores]] = {}
     for task, row in zip(tasks, group.gather_shared(scores), strict=True):
@@ -109,7 +110,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 Forced = dict[TokenRow, tuple[AnswerScores, Hits]]
 
 
-def _teacher_forced(model: nn.Module, tokenizer: Any, tasks: Sequence[_Task], batch_rows: int) -> Forced:
+def _teacher_forced(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], batch_rows: int) -> Forced:
     """Scores of every answer that ``tasks`` ask for; equal token rows are scored once."""
     wanted: dict[TokenRow, None] = {}
     for task in tasks:
@@ -118,25 +119,22 @@ def _teacher_forced(model: nn.Module, tokenizer: Any, tasks: Sequence[_Task], ba
             rows += [*([task.encoded.paraphrase] if task.encoded.paraphrase else []), *task.encoded.perturbed]
         wanted |= dict.fromkeys(rows)
     ordered = sorted(wanted, key=lambda r: (-len(r.ids), r.prompt_length))  # longest first: memory fails early
-    partial = "logits_to_keep" in inspect.signature(model.forward).parameters
     pad_id = _pad_id(tokenizer)
     out: Forced = {}
     for start in range(0, len(ordered), batch_rows):
         batch = ordered[start : start + batch_rows]
-        out |= zip(batch, _score_batch(model, batch, pad_id, partial), strict=True)
+        out |= zip(batch, _score_batch(scorer, batch, pad_id), strict=True)
     return out
 
 
-def _score_batch(
-    model: nn.Module, rows: Sequence[TokenRow], pad_id: int, partial: bool
-) -> list[tuple[AnswerScores, Hits]]:
-    """One forward pass. ``partial``: the model can leave out the logits of positions before the first answer."""
-    device = next(model.parameters()).device
+def _score_batch(scorer: Scorer, rows: Sequence[TokenRow], pad_id: int) -> list[tuple[AnswerScores, Hits]]:
+    """One forward pass, without the logits of positions before the first answer where the model can leave them out."""
+    device = scorer.device
     batch = collate(rows, range(len(rows)), pad_id).to(device)
     first = min(r.prompt_length for r in rows) - 1
     K = batch.ids_BT.shape[1] - first
-    options = {"logits_to_keep": K} if partial else {}
-    logits = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **options).logits
+    options = {"logits_to_keep": K} if scorer.takes("logits_to_keep") else {}
+    logits = scorer.forward(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **options).logits
     labels_BK = batch.labels_BT[:, first:]
     nll_BK1, hits_BK1 = answer_nll_and_hits(logits[:, -K:], labels_BK)
     nll_BK1 = nll_BK1.double().nan_to_num(nan=LOST_NLL, posinf=LOST_NLL).clamp(max=LOST_NLL)
@@ -152,15 +150,15 @@ def _score_batch(
     return [(AnswerScores(nll, n), Hits(m, k, length)) for nll, n, m, k, length in zip(*columns, strict=True)]
 
 
-def _rouges(model: nn.Module, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, float]:
+def _rouges(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, float]:
     """ROUGE-L recall of every task that asks for it; the generated texts end here."""
     asked = [t for t in tasks if "rouge" in t.kinds]
     if not asked:
         return {}
     made = greedy(
-        model,
+        scorer,
         [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
-        stop=stop_tokens(model, tokenizer),
+        stop=stop_tokens(scorer.model, tokenizer),
         pad_id=_pad_id(tokenizer),
         max_new_tokens=config.max_new_tokens,
         batch_rows=config.batch_rows,

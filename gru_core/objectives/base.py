@@ -18,11 +18,14 @@ class AnswerLosses:
         nll_BT1: ``-log p(y_t)`` in nats on answer tokens, 0 elsewhere, float32, differentiable.
         tokens_B: answer tokens of each row.
         reference_B: summed NLL of each row under the frozen starting model; None where no objective asks.
+        kl_BT1: ``KL(starting model || model)`` in nats on answer tokens, 0 elsewhere, differentiable; None where no
+            retain loss asks.
     """
 
     nll_BT1: torch.Tensor
     tokens_B: torch.Tensor
     reference_B: torch.Tensor | None = None
+    kl_BT1: torch.Tensor | None = None
 
     @property
     def nll_B(self) -> torch.Tensor:
