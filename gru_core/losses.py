@@ -19,7 +19,7 @@ from gru_core.config import ModelConfig
 from gru_core.logprobs import answer_counts, answer_kl, answer_nll
 from gru_core.models import compute_dtype
 from gru_core.objectives import AnswerLosses
-from gru_core.parallel import Group, is_sharded, no_sync, unwrap
+from gru_core.parallel import Group, is_sharded, no_sync, reshard, unwrap
 from gru_core.retain import RetainLoss
 
 Frozen = Callable[[], AbstractContextManager[nn.Module]]
@@ -135,6 +135,7 @@ class Losses:
         """Global mean loss without gradients, the same on every rank."""
         portions = self.batches(data, positions)
         values = [(self.forward(b, divergence=loss.needs_frozen), counts) for b, counts in portions]
+        reshard(self.model)
         total = sum(float(loss.loss_sum(value)) * counts for value, counts in values)
         return self.group.sum([total])[0] / global_count(data.rows, positions, loss.unit)
 
@@ -153,6 +154,7 @@ def reference_losses(losses: Losses, data: Rows, group: Group) -> torch.Tensor:
             values = losses.forward(batch).nll_B
             if counts:
                 mine += zip(batch.index_B.tolist(), values.tolist(), strict=True)
+    reshard(losses.model)
     out = torch.zeros(len(data.rows), dtype=torch.float64)
     for part in group.gather(mine):
         for place, value in part:

@@ -113,6 +113,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(model: nn.Module) -> None:
+    """Give whole weights back after forward passes without a backward, which leave the root's together; the model's
+    parameters are its shards again. Nothing to do where the model is not sharded."""
+    plain = unwrap(model)
+    if isinstance(plain, FSDPModule):
+        plain.reshard()
+
+
 Forward = Callable[..., Any]
 
 
@@ -128,8 +136,7 @@ def lockstep(model: nn.Module, group: Group) -> Iterator[Forward]:
     if not is_sharded(model) or group.size == 1:
         with torch.no_grad():
             yield plain
-        if isinstance(plain, FSDPModule):
-            plain.reshard()  # as below
+        reshard(plain)
         return
 
     def forward(**inputs: Any) -> Any:
@@ -141,5 +148,4 @@ def lockstep(model: nn.Module, group: Group) -> Iterator[Forward]:
         yield forward
         while group.sum([0.0])[0] > 0:
             plain(input_ids=token, use_cache=False)
-    assert isinstance(plain, FSDPModule)
-    plain.reshard()  # the root keeps its weights together after a forward pass without a backward
+    reshard(plain)
