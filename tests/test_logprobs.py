@@ -124,3 +124,25 @@ def test_logits_that_are_not_finite_are_no_hits(value):
     logits = torch.full((1, 3, V), value)
     labels = torch.tensor([[IGNORE, 0, 0]])
     assert not logprobs.answer_hits(logits, labels).any()
+
+
+def test_kl_by_hand_and_masked_to_the_answer() -> None:
+    """Two tokens, one of them answer: p = (3/4, 1/4) frozen, q = (1/2, 1/2): KL = 3/4 ln 3/2 + 1/4 ln 1/2."""
+    p, q = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log()
+    other = torch.tensor([5.0, -3.0])
+    frozen_BTV = torch.stack([other, p, other])[None]
+    logits_BTV = torch.stack([-other, q, -other])[None].requires_grad_()
+    labels_BT = torch.tensor([[-100, -100, 1]])
+    kl_BT1 = logprobs.answer_kl(frozen_BTV, logits_BTV, labels_BT)
+    want = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert kl_BT1[0].tolist() == pytest.approx([0.0, want])
+    kl_BT1.sum().backward()
+    # d KL / d logit = q - p at the answer, nothing elsewhere
+    assert logits_BTV.grad is not None
+    assert torch.allclose(logits_BTV.grad[0, 1], torch.tensor([-0.25, 0.25]))
+    assert not logits_BTV.grad[0, [0, 2]].any()
+    reference = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=frozen_BTV[:, 1].double()),
+        torch.distributions.Categorical(logits=logits_BTV[:, 1].detach().double()),
+    )
+    assert float(reference) == pytest.approx(want)
