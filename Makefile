@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint types fast benchmarks clean
+.PHONY: setup demo test lint types fast audit benchmarks clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+audit: setup  # a report: neither findings nor a database out of reach fail it
+	$(BIN)/python .ci/audit.py
 
 benchmarks: setup
 	$(BIN)/python benchmarks/step.py

@@ -52,6 +52,9 @@ class Run:
         model: plain, DDP-wrapped or sharded, on the group's device, with the starting weights.
         folder: where checkpoints live; None: none are written.
         frozen: the starting model, where the retain loss compares with it.
+
+    Attributes:
+        damaged: rank 0: a line for each checkpoint that was passed over.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Run:
         frozen: Frozen | None = None,
     ) -> None:
         self.config, self.group, self.hooks, self.folder = config, group, hooks, folder
+        self.damaged: list[str] = []
         found = self._found()
         set_dropout(unwrap(model), False)  # the reference is the model itself, not a draw of it
         if objective.needs_reference and found is None:
@@ -84,7 +88,7 @@ class Run:
         """The newest whole checkpoint as rank 0 sees it: on shared storage others may still see an older one."""
         if self.folder is None:
             return None
-        mine = checkpoint.latest(self.folder) if self.group.rank == 0 else None
+        mine = checkpoint.latest(self.folder, self.damaged) if self.group.rank == 0 else None
         name = self.group.gather(mine.folder.name if mine else None)[0]
         return checkpoint.read(self.folder / name, verify=False) if name else None
 

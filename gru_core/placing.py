@@ -28,6 +28,7 @@ def place(start: Start, model: ModelConfig, train: TrainConfig, group: Group, wh
         return sharding.load(_path(start, what), model, train, group, train.seed, what)
     net = _whole(start, model, what)
     if model.lora is not None:
+        net.name_or_path = model.path  # type: ignore[assignment]
         adapters.add(net, model.lora)
         adapters.initialise(net, train.seed)
     if train.activation_checkpointing:

@@ -38,11 +38,11 @@ def check_room(train: TrainConfig, gpus: float, have: Sequence[Node]) -> None:
     Raises:
         InputError: it does not; what it needs and what there is.
     """
-    needed, room = max(1, train.workers), slots(train, gpus, have)
+    needed, room = max(1, train.min_workers or train.workers), slots(train, gpus, have)
     if room >= needed:
         return
     total = {name: sum(node.get(name, 0) for node in have) for name in ("CPU", "GPU")}
-    who = f"train.workers: {train.workers} workers need" if train.workers else "a trial needs"
+    who = f"train.workers: {needed} workers need" if train.workers else "a trial needs"
     raise InputError(
         f"{who} {needed * train.cpus_per_worker} CPUs and {needed * gpus:g} GPUs "
         f"({train.cpus_per_worker} and {gpus:g} on one node each), the cluster has {total['CPU']:g} CPUs and "

@@ -18,10 +18,13 @@ def check(config: RunConfig) -> None:
 
     Raises:
         InputError: a name that is not registered (with the nearest match), metrics that cannot be computed,
-            or a search over something that is no config field or leaves its range.
+            a storage that cannot be one, or a search over something that is no config field or leaves its range.
     """
     _check_names(config)
     from gru_core.metrics import check_metrics
+    from pipelines import mirror
+
+    mirror.of(config.output.storage)
 
     check_metrics(config.evaluate, has_retain_model=config.retain_model is not None, benchmark=None)
     _check_search(config)

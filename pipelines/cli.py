@@ -1,36 +1,34 @@
 """The ``gru`` command: options in, one function called, a short table or one JSON document out.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Heavy libraries are imported inside the commands, so
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C, SIGTERM).
+Heavy libraries are imported inside the commands, so
 that ``gru --help`` answers at once.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gru_core.errors import InputError
-from pipelines import console, exits
+from pipelines import console, exits, stopping
+from pipelines.cli_submit import submit_app
 from pipelines.options import (
     EXAMPLES,
     AddressOption,
     Commands,
     ConfigOption,
-    JobArgument,
     JsonOption,
     OutputOption,
     OverwriteOption,
     PortOption,
     ResumeOption,
     SetOption,
-    SubmitCommands,
     TrackingOption,
     VerboseOption,
 )
@@ -44,29 +42,13 @@ app = typer.Typer(
     help="Make a language model forget, keep the rest of it, and see what that costs.",
     epilog="\b\nExamples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
 )  # fmt: skip
-submit_app = typer.Typer(cls=SubmitCommands, rich_markup_mode=None)
 
 
 def _command(name: str) -> dict[str, Any]:
     return {"name": name, "epilog": f"Example: {EXAMPLES[name]}"}
 
 
-def _run(
-    as_json: bool,
-    work: Callable[[console.Say], dict[str, Any]],
-    show: Callable[[dict[str, Any]], Iterable[str]],
-) -> dict[str, Any]:
-    """Does ``work`` under a heartbeat and prints what it returns; libraries print to stderr meanwhile."""
-    if as_json:
-        with console.stdout_to_stderr(), console.Progress(sys.stderr) as say:
-            result = work(say)
-        print(json.dumps(console.plain(result)), flush=True)
-    else:
-        with console.Progress(sys.stdout) as say:
-            result = work(say)
-            for line in show(result):
-                say(line)
-    return result
+_run = console.run
 
 
 def _resumed(output: str | None, resume: bool) -> str | None:
@@ -151,6 +133,39 @@ def prepare(
     _run(as_json, work, report.prepared)
 
 
+@app.command(**_command("plan"))
+def plan(
+    source: ConfigOption = None, overrides: SetOption = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="Workers, a GPU each.")] = None,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", metavar="GIB", help="Memory of a GPU.")] = 80.0,
+    gpu_flops: Annotated[
+        float, typer.Option("--gpu-flops", metavar="N", help="Dense FLOP/s of a GPU; default: H100, bf16.")
+    ] = 989e12,
+    utilisation: Annotated[float, typer.Option("--utilisation", metavar="X", help="Share of them reached.")] = 0.4,
+    bandwidth: Annotated[
+        float | None, typer.Option("--bandwidth", metavar="GB/S", help="Sent by a GPU; default: 450 to 8, else 50.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Tokens of a row.")] = None,
+    as_json: JsonOption = False, verbose: VerboseOption = False,
+) -> None:  # fmt: skip
+    """Memory, communication and time of a run, without weights."""
+    console.quiet(verbose)
+
+    def work(say: console.Say) -> dict[str, Any]:
+        config = _load(source, overrides)
+        from pipelines import plan as module
+
+        device = module.Device(gpu_memory, gpu_flops, utilisation, bandwidth)
+        return module.run(config, gpus=gpus, device=device, tokens=tokens)
+
+    def show(document: dict[str, Any]) -> list[str]:
+        from pipelines import plan as module
+
+        return module.lines(document)
+
+    _run(as_json, work, show)
+
+
 @app.command(**_command("unlearn"))
 def unlearn(
     source: ConfigOption = None, overrides: SetOption = None, output: OutputOption = None,
@@ -213,55 +228,28 @@ def frontier(
     _run(as_json, work, report.search)
 
 
-@submit_app.callback(invoke_without_command=True, epilog=f"Example: {EXAMPLES['submit']}")
-def submit(
-    ctx: typer.Context, address: AddressOption = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the log.")] = False,
+app.add_typer(submit_app, name="submit")
+
+
+@app.command(**_command("export"))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a run, or of a trial.")],
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="New folder (RUN/export).")] = None,
+    step: Annotated[int | None, typer.Option("--step", metavar="N", help="The checkpoint after this step.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="With an adapter: the model it is merged into.")] = False,
     as_json: JsonOption = False, verbose: VerboseOption = False,
 ) -> None:  # fmt: skip
-    """Any of these as a job on a running Ray cluster."""
+    """A run's model, or a checkpoint's, as one Hugging Face folder."""
     console.quiet(verbose)
-    if ctx.invoked_subcommand is None:
-        raise InputError(f"submit: no command given, expected such as: {EXAMPLES['submit']}")
-    ctx.obj = {"address": address, "wait": not no_wait, "json": as_json}
 
+    def work(say: console.Say) -> dict[str, Any]:
+        from pipelines import export as module
 
-@submit_app.command("run", hidden=True, context_settings={"allow_interspersed_args": False})
-def submit_run(ctx: typer.Context, arguments: Annotated[list[str], typer.Argument(metavar="COMMAND ...")]) -> None:
-    """Submits the command line that follows."""
-    from pipelines import jobs, report
+        return module.run(run, to=output, step=step, merged=merged, say=say)
 
-    given = ctx.obj
-    _run(
-        given["json"],
-        lambda say: jobs.submit(arguments, address=given["address"], wait=given["wait"], say=say),
-        report.job,
-    )
+    from pipelines import report
 
-
-@submit_app.command("status", epilog="Example: gru submit status raysubmit_123")
-def submit_status(
-    ctx: typer.Context, job: JobArgument, address: AddressOption = None, as_json: JsonOption = False
-) -> None:
-    """How a job is doing."""
-    from pipelines import jobs, report
-
-    address = address or ctx.obj["address"]
-    _run(as_json or ctx.obj["json"], lambda say: jobs.status(job, address=address), report.job)
-
-
-@submit_app.command("stop", epilog="Example: gru submit stop raysubmit_123")
-def submit_stop(
-    ctx: typer.Context, job: JobArgument, address: AddressOption = None, as_json: JsonOption = False
-) -> None:
-    """Stop a job."""
-    from pipelines import jobs, report
-
-    address = address or ctx.obj["address"]
-    _run(as_json or ctx.obj["json"], lambda say: jobs.stop(job, address=address), report.job)
-
-
-app.add_typer(submit_app, name="submit")
+    _run(as_json, work, report.exported)
 
 
 @app.command(**_command("ui"))
@@ -278,7 +266,10 @@ def ui(
 
 
 def _stop(number: int, frame: Any) -> None:
-    """SIGTERM (``gru submit stop``, a batch system's time limit) does what Ctrl-C does at that moment."""
+    """SIGTERM (``gru submit stop``, a batch system's time limit) asks a run for a checkpoint; where nothing runs that
+    could write one, or at the second time, it does what Ctrl-C does at that moment."""
+    if stopping.ask():
+        return
     interrupt = signal.getsignal(signal.SIGINT)
     if callable(interrupt):
         interrupt(signal.SIGINT, frame)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from gru_core.errors import InputError, unknown
+from pipelines import authentication
+from pipelines.authentication import find_token
 from pipelines.stores import hide
 
 if TYPE_CHECKING:
@@ -70,21 +71,11 @@ def resolve(address: str | None) -> str:
     return url
 
 
-def find_token() -> tuple[str, str] | None:
-    """The token and where it stood: in the environment, in the file it names, or in Ray's own file."""
-    if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return value, "RAY_AUTH_TOKEN"
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
-    try:
-        value = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return (value, str(path)) if value else None
-
-
-def connect(address: str | None) -> Cluster:
+def connect(address: str | None, say: Callable[[str], None] = lambda line: None) -> Cluster:
     """The cluster at ``address`` (see :func:`resolve`), once it has answered.
+
+    Args:
+        say: told of a cluster over a network that asks nobody for a token.
 
     Raises:
         InputError: nothing answers there, it is no Ray job server, or it refuses us.
@@ -103,6 +94,9 @@ def connect(address: str | None) -> Cluster:
         raise InputError(
             f"{shown} answers, but is no Ray job server; give the dashboard with --address http://HOST:8265"
         )
+    parts = urlsplit(url)
+    if not headers and not parts.username and not authentication.is_local(parts.hostname or ""):
+        say(authentication.warning(shown))
     return Cluster(shown, _client(url, headers), bool(headers))
 
 

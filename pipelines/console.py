@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -143,6 +144,22 @@ def stdout_to_stderr() -> Iterator[None]:
     finally:
         os.dup2(saved, 1)
         os.close(saved)
+
+
+def run(
+    as_json: bool, work: Callable[[Say], dict[str, Any]], show: Callable[[dict[str, Any]], Iterable[str]]
+) -> dict[str, Any]:
+    """Does ``work`` under a heartbeat and prints what it returns; libraries print to stderr meanwhile."""
+    if as_json:
+        with stdout_to_stderr(), Progress(sys.stderr) as say:
+            result = work(say)
+        print(json.dumps(plain(result)), flush=True)
+    else:
+        with Progress(sys.stdout) as say:
+            result = work(say)
+            for line in show(result):
+                say(line)
+    return result
 
 
 def plain(value: Any) -> Any:

@@ -62,12 +62,20 @@ class Courier:
         folder: the run folder; ``trials/*`` under it become children.
         say: prints a line to the user.
         every: seconds between deliveries.
+        before: called before each delivery; must not raise.
     """
 
     def __init__(
-        self, uri: str, experiment: str, folder: Path, *, say: Callable[[str], None], every: float = 2.0
+        self,
+        uri: str,
+        experiment: str,
+        folder: Path,
+        *,
+        say: Callable[[str], None],
+        every: float = 2.0,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        self.uri, self.folder, self._say, self._every = uri, folder, say, every
+        self.uri, self.folder, self._say, self._every, self._before = uri, folder, say, every, before
         self._delivery = Delivery(Mlflow(uri), experiment)
         self._stop = threading.Event()
         self._busy = threading.Lock()
@@ -94,6 +102,7 @@ class Courier:
     def flush(self) -> bool:
         """Delivers now, in this thread; True where nothing is left. Never raises."""
         with self._busy:
+            self._before()
             try:
                 _, self._refused = deliver_all(self._delivery, self.folder)
                 self._away = None

@@ -163,11 +163,12 @@ class Delivery:
 
     def _upload(self, stand: _Stand, folder: Path, path: str) -> None:
         stand.unsent.pop(path, None)
-        file = (folder / path).resolve()
-        if not file.is_relative_to(folder.resolve()) or not file.exists():
+        file, root = (folder / path).resolve(), folder.resolve()
+        parts = [file, *(file.rglob("*") if file.is_dir() else ())]
+        if not file.exists() or not all(part.resolve().is_relative_to(root) for part in parts):
             self.notes.append(f"{folder.name}: artifact {path} is not in the run folder")
             return
-        under = Path(path).parent.as_posix()
+        under = file.relative_to(root).parent.as_posix()
         try:
             self.store.upload(stand.run_id, file, None if under == "." else under)
         except Exception as error:  # each kind of artifact store has errors of its own
@@ -193,6 +194,8 @@ def _sort(
                 params.update(entry["params"])
             case "tags":
                 tags.update(entry["tags"])
+            case "note":
+                tags[f"gru.note.{entry['number']}"] = entry["text"]
             case "run":
                 tags.update(entry["tags"])
                 status = status or "running"

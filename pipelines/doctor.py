@@ -160,30 +160,39 @@ def ray(address: str | None) -> Check:
     return Check("ray cluster", "ok", f"none named; ray {module.__version__} starts one in this machine when needed")
 
 
-def _cluster(address: str | None) -> str:
-    from pipelines.cluster import connect, find_token
+def _cluster(address: str | None) -> tuple[str, ...]:
+    from pipelines.authentication import find_token
+    from pipelines.cluster import connect
 
-    found = connect(address)
-    return f"{found.address} answers, ray {found.client.get_version()}{', token found' if find_token() else ''}"
+    open_to_all: list[str] = []
+    found = connect(address, open_to_all.append)
+    token = ", token found" if find_token() else ""
+    return f"{found.address} answers, ray {found.client.get_version()}{token}", *open_to_all
 
 
 def mlflow(tracking_uri: str | None) -> Check:
     """The tracking store: a server that answers, a database that can be written, or none yet."""
     from pipelines import stores
 
-    def look() -> str:
+    def look() -> tuple[str, ...]:
         uri = stores.resolve_uri(TrackConfig(uri=tracking_uri))
-        stores.check(uri)
+        warnings: list[str] = []
+        stores.check(uri, say=warnings.append)
         file = stores.sqlite_file(uri)
         made = " (made by the first run)" if file is not None and not file.exists() else ""
-        return stores.hide(uri) + made
+        return stores.hide(uri) + made, *warnings
 
     return _guarded("mlflow store", look, "start the server, or name another with --tracking-uri")
 
 
-def _guarded(name: str, look: Callable[[], str], fix: str) -> Check:
+def _guarded(name: str, look: Callable[[], tuple[str, ...]], fix: str) -> Check:
+    """What ``look`` tells (the detail, then warnings), or why it could not."""
     try:
-        return Check(name, "ok", look())
+        detail, *warnings = look()
+        if warnings:
+            what, _, remedy = warnings[0].removeprefix("warning: ").rpartition("; ")
+            return Check(name, "warn", what, remedy)
+        return Check(name, "ok", detail)
     except InputError as error:
         return Check(name, "fail", str(error), fix)
     except Exception as error:  # a library that fails in its own way is a finding, not a crash

@@ -23,10 +23,12 @@ def guarded(work: Callable[[], object]) -> NoReturn:
     except SystemExit:
         raise
     except BaseException as error:  # every failure becomes one line and an exit code
+        from pipelines.stores import hide  # here: `gru --help` does without it
+
         code, line = explain(error)
         if code == FAILED and console.verbose():
             traceback.print_exc()
-        print(f"gru: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        print(f"gru: {hide(' '.join(line.split()))}", file=sys.stderr, flush=True)
         sys.exit(code)
 
 

@@ -40,11 +40,10 @@ def run(run: str, *, to: str | None, step: int | None, merged: bool, say: Say) -
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output: {target} exists and is not empty (allowed: a new folder)")
     source = _source(folder, step, say)
-    tokenizer = models.load_tokenizer(str(source) if isinstance(source, Path) else config.model.path)
     target.parent.mkdir(parents=True, exist_ok=True)
     where = source if isinstance(source, Path) else source.folder
     say(f"exporting {where} to {target}")
-    _write(source, tokenizer, config, target, merged)
+    _write(source, config, target, merged)
     kind = "model" if config.model.lora is None else "merged model" if merged else "adapter"
     at = None if isinstance(source, Path) else source.step
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
@@ -78,12 +77,13 @@ def _source(folder: Path, step: int | None, say: Say) -> Checkpoint | Path:
     return newest
 
 
-def _write(source: Checkpoint | Path, tokenizer: Any, config: RunConfig, target: Path, merged: bool) -> None:
+def _write(source: Checkpoint | Path, config: RunConfig, target: Path, merged: bool) -> None:
+    if isinstance(source, Path) and not merged:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    tokenizer = models.load_tokenizer(config.model.path)
     if isinstance(source, Path):
-        if merged:
-            saving.save_merged(source, tokenizer, config.model, target)
-        else:
-            shutil.copytree(source, target, dirs_exist_ok=True)
+        saving.save_merged(source, tokenizer, config.model, target)
         return
     model = saving.restore(source, config.model)
     if not merged:

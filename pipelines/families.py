@@ -108,6 +108,7 @@ class Families(Searcher):
     Args:
         ended: called with the ledger's entry whenever a trial is over.
         cause: what a failed trial died of, by its id.
+        stop: whether no further trial is to start.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Families(Searcher):
         *,
         ended: End = lambda entry: None,
         cause: Callable[[str], str] = lambda name: "unknown",
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
+        self._stop = stop
         self._families = {family.name: family for family in families}
         self._samplers, self._ledger, self._ended, self._cause = samplers, ledger, ended, cause
         self._params: dict[str, dict[str, Any]] = {}
@@ -134,6 +137,8 @@ class Families(Searcher):
         return len(self._again) + len(self._next)
 
     def suggest(self, trial_id: str) -> Any:
+        if self._stop():
+            return Searcher.FINISHED
         if self._again:
             name = self._again.pop(0)
             family = family_of(name)

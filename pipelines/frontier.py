@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,7 +238,8 @@ def build(
     document["notes"] += found.notes
     document["folder"] = str(found.folder) if found.folder else None
     document["tracking_uri"], document["run_id"] = hide(found.uri), found.run_id
-    target = out or found.folder or Path(f"frontier-{found.name}")
+    plain = re.sub(r"[^\w.-]+", "-", found.name)  # whoever can write to the store chose the name
+    target = out or found.folder or Path(f"frontier-{plain}")
     document["artifacts"] = write(document, points, target)
     for note in found.notes:
         say(note)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gru_core import models
 from gru_core.batch import Row, TokenRow, encode
 from gru_core.benchmarks import load_benchmark
@@ -16,6 +14,7 @@ from gru_core.benchmarks.base import Benchmark
 from gru_core.config import ModelConfig, RunConfig
 from gru_core.metrics import Baseline, Evaluation, evaluate
 from gru_core.parallel import Group
+from gru_core.placing import Start, place_frozen
 from pipelines.stores import hide
 
 
@@ -24,22 +23,24 @@ class Shared:
     """Inputs that all trials of a search have in common; picklable, weights as arrays without copies.
 
     Attributes:
-        packed: the starting model, as :func:`gru_core.models.pack_weights` gives it.
+        packed: the starting model, as :func:`gru_core.models.pack_weights` gives it; None where each worker reads
+            its own part of it (strategy ``fsdp``).
         forget: tokenised forget set.
         retain: tokenised retain set, scored rows included (the retain subset chooses among them).
         baseline: scores of starting model and retain model, or None before they are measured.
     """
 
-    packed: tuple[str, dict[str, Any]]
+    packed: tuple[str, dict[str, Any]] | None
     tokenizer: Any
     benchmark: Benchmark
     forget: tuple[TokenRow, ...]
     retain: tuple[TokenRow, ...]
     baseline: Baseline | None = None
 
-    def model(self, config: ModelConfig) -> nn.Module:
-        """A fresh copy of the starting model."""
-        return models.unpack_weights(self.packed, config)
+    def start(self, config: ModelConfig) -> Start:
+        """Where a fresh copy of the starting model comes from."""
+        packed = self.packed
+        return config.path if packed is None else lambda: models.unpack_weights(packed, config)
 
     def with_baseline(self, baseline: Baseline) -> Shared:
         return replace(self, baseline=baseline)
@@ -68,9 +69,8 @@ def without_secrets(config: RunConfig) -> RunConfig:
     return config if uri is None else replace(config, track=replace(config.track, uri=hide(uri)))
 
 
-def tokenise(tokenizer: Any, rows: tuple[Row, ...], model: nn.Module, config: ModelConfig) -> tuple[TokenRow, ...]:
-    """Rows as tokens, with the template and the length limit of the model."""
-    limit = models.max_length(model)
+def tokenise(tokenizer: Any, rows: tuple[Row, ...], limit: int, config: ModelConfig) -> tuple[TokenRow, ...]:
+    """Rows as tokens, with the model's template, at most ``limit`` of them a row."""
     return tuple(encode(tokenizer, row, limit, config.system_prompt, config.chat_date) for row in rows)
 
 
@@ -82,13 +82,14 @@ def load(config: RunConfig) -> Shared:
     """
     benchmark = load_benchmark(config.benchmark)
     tokenizer = models.load_tokenizer(config.model.path)
-    model = models.load_model(config.model.path, config.model)
+    whole = config.train.strategy != "fsdp"
+    limit = models.max_length_of(models.load_settings(config.model.path))
     return Shared(
-        packed=models.pack_weights(model),
+        packed=models.pack_weights(models.load_model(config.model.path, config.model)) if whole else None,
         tokenizer=tokenizer,
         benchmark=benchmark,
-        forget=tokenise(tokenizer, benchmark.forget, model, config.model),
-        retain=tokenise(tokenizer, benchmark.retain, model, config.model),
+        forget=tokenise(tokenizer, benchmark.forget, limit, config.model),
+        retain=tokenise(tokenizer, benchmark.retain, limit, config.model),
     )
 
 
@@ -96,7 +97,7 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
     """Scores of the starting model and, where there is one, of the retain model, on all ranks of ``group``."""
     retain: Evaluation | None = None
     if config.retain_model is not None:
-        other = models.load_model(config.retain_model, config.model, "retain_model").to(group.device)
+        other = place_frozen(config.retain_model, config.model, config.train, group, "retain_model")
         tokenizer = models.load_tokenizer(config.retain_model, "retain_model")
         # The reference of forget quality is the retain model itself: its truth ratios are measured here.
         names = ("forget_truth_ratio" if name == "forget_quality" else name for name in config.evaluate.metrics)
@@ -104,7 +105,7 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
         retain = evaluate(other, tokenizer, shared.benchmark, settings, config.model, group=group)
         del other
     reference = retain.measurements if retain else None
-    start_model = shared.model(config.model).to(group.device)
+    start_model = place_frozen(shared.start(config.model), config.model, config.train, group)
     start = evaluate(
         start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group, reference=reference
     )

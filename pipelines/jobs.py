@@ -7,6 +7,8 @@ cluster what it can reach (``probe`` answers there), ``joblog`` follows.
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import secrets
 import shlex
 import tempfile
@@ -17,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cluster as clusters
-from pipelines import joblog, preflight
+from pipelines import joblog, preflight, provenance
 from pipelines import package as packages
 from pipelines.cluster import Cluster
 from pipelines.request import Request, check_data, parse
-from pipelines.stores import hide
+from pipelines.stores import hide, secret
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -35,8 +37,16 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_JOB_STOP_WAIT_TIME_S": "50",  # for the default grace period
 }
 """All that a job is given; secrets must be in the environment of the cluster's own processes."""
+SECRETS = (
+    "HF_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+)  # fmt: skip
+"""Variables that runs use and that are never sent."""
+LAST_S = 20
+"""Seconds behind its grace period after which Ray kills a job that was told to stop."""
 STOP_S = 60.0
 """Longest wait for a stopped job to end."""
 
@@ -59,7 +69,7 @@ def submit(arguments: list[str], *, address: str | None, wait: bool, say: Say) -
     """
     request = parse(arguments)
     check_data(request)
-    cluster = clusters.connect(address)
+    cluster = clusters.connect(address, say)
     job = _send(cluster, request, say)
     if not wait:
         for line in _how(cluster, job):
@@ -85,27 +95,68 @@ def _send(cluster: Cluster, request: Request, say: Say) -> str:
             resume="--resume" in request.flags,
             every_node=spread,
             cache=spread and "prepared" in (config.model.path, config.retain_model),
+            storage=config.output.storage,
         )
+        for line in _kept_back(str(config.track.uri)):
+            say(line)
         say(f"asking the cluster at {cluster.address} what it can reach")
         answer = preflight.check(cluster, package, plan, ENVIRONMENT)
-        words = " ".join([shlex.quote(answer.python), "-m pipelines", command, "-c config.yaml"])
-        entrypoint = f"exec {words}{package.overrides()}{''.join(f' {flag}' for flag in request.flags)}"
-        metadata = {"gru.command": command}
-        if output:
-            metadata |= {"gru.output": str(output), "gru.tracking_uri": hide(plan.tracking)}
-        job = start(cluster, entrypoint, package.folder, metadata, name=command)
+        words = entrypoint(answer.python, request, "config.yaml", package.overrides())
+        job = start(cluster, words, package.folder, metadata(request), name=command, grace=config.train.grace)
     say(f"submitted {job} to {cluster.address} ({answer.nodes} {'node' if answer.nodes == 1 else 'nodes'})")
     if output and not answer.shared:
-        say(f"results stay on the cluster: {output} is not shared with this machine")
+        kept = config.output.storage or f"on the cluster: {output} is not shared with this machine"
+        say(f"results stay {f'in {kept}' if config.output.storage else kept}")
     return job
 
 
-def start(cluster: Cluster, entrypoint: str, folder: Path, metadata: dict[str, str], *, name: str) -> str:
+def _kept_back(uri: str) -> list[str]:
+    """Tells which secrets of this machine a job is not given: what a cluster is sent, it stores and shows."""
+    found = [name for name in SECRETS if os.environ.get(name)]
+    found += ["user and password of the tracking URI (MLFLOW_TRACKING_URI there)"] if secret(uri) else []
+    if not found:
+        return []
+    return [f"not sent: {', '.join(found)}; a job takes secrets from the environment of the cluster's own processes"]
+
+
+def entrypoint(python: str, request: Request, config: str, overrides: str = "") -> str:
+    """The shell command of a job: ``exec``, so that what stops the job reaches the command itself.
+
+    Args:
+        python: interpreter on the cluster.
+        config: path of the resolved config there.
+        overrides: further ``--set`` words, quoted.
+    """
+    words = ["exec", shlex.quote(python), "-m", "pipelines", request.command, "-c", shlex.quote(config)]
+    return f"{' '.join(words)}{overrides}{''.join(f' {flag}' for flag in request.flags)}"
+
+
+def metadata(request: Request) -> dict[str, str]:
+    """What the cluster shows of a job: command and, where it writes any, where its results go."""
+    found = {"gru.command": request.command}
+    if request.command != "prepare":
+        config = request.config
+        found |= {"gru.output": config.output.dir, "gru.tracking_uri": hide(str(config.track.uri))}
+    return found
+
+
+def environment(grace: float = 30.0) -> dict[str, str]:
+    """Variables of a job: the switches, and the commit of the code that is sent, which has no ``.git`` there.
+
+    Args:
+        grace: seconds that the job has for a checkpoint; Ray would kill it 3 s after it was told to stop.
+    """
+    return {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(grace) + LAST_S), **provenance.carried()}
+
+
+def start(
+    cluster: Cluster, entrypoint: str, folder: Path, metadata: dict[str, str], *, name: str, grace: float = 30.0
+) -> str:
     """Submits a shell command that runs in a copy of ``folder``; returns the job's id."""
     return cluster.client.submit_job(
         entrypoint=entrypoint,
         submission_id=f"gru-{name}-{secrets.token_hex(4)}",
-        runtime_env={"working_dir": str(folder), "env_vars": dict(ENVIRONMENT)},
+        runtime_env={"working_dir": str(folder), "env_vars": environment(grace)},
         metadata=metadata,
     )
 

@@ -11,6 +11,7 @@ Lines, by ``kind``::
     tags      tags
     artifact  path                       relative to the run folder
     status    status, time_ms            finished, collapsed, failed, non_finite, stopped
+    note      number, text, time_ms      what happened to the run (a damaged checkpoint, a restart); from 1
 
 Times are milliseconds since 1970, UTC.
 """
@@ -52,6 +53,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = locate(path)
         self.non_finite = 0
+        self._notes = 0
         self._seen: set[tuple[str, int]] = set()
         self._kinds: set[str] = set()
         try:
@@ -66,6 +68,7 @@ class Journal:
         entries, size = read(self.path)
         for entry in entries:
             self._kinds.add(entry["kind"])
+            self._notes += entry["kind"] == "note"
             if entry["kind"] == "metrics":
                 bad = entry.get("non_finite", ())
                 self.non_finite += len(bad)
@@ -101,6 +104,11 @@ class Journal:
         """Tags; a later value of the same tag replaces the earlier one."""
         self._append({"kind": "tags", "tags": _texts(tags)})
 
+    @property
+    def continued(self) -> bool:
+        """Whether steps of the run stood in the file already."""
+        return "metrics" in self._kinds
+
     def artifact(self, path: str | os.PathLike[str]) -> None:
         """A file or folder of the run folder, by its path relative to it; again when it has changed."""
         self._append({"kind": "artifact", "path": Path(path).as_posix()})
@@ -108,6 +116,11 @@ class Journal:
     def status(self, status: str) -> None:
         """How the run ended (the last one counts)."""
         self._append({"kind": "status", "status": status, "time_ms": _now()})
+
+    def note(self, text: str) -> None:
+        """One line on what happened to the run; the driver says it, MLflow gets it as a tag."""
+        self._append({"kind": "note", "number": self._notes + 1, "text": text, "time_ms": _now()})
+        self._notes += 1
 
     def _append(self, entry: Entry) -> None:
         line = (json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n").encode()
@@ -144,6 +157,7 @@ class Record:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> key -> value, steps ascending."""
     status: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -199,6 +213,7 @@ def load(path: str | os.PathLike[str]) -> Record:
     tags: dict[str, str] = {}
     params: dict[str, Scalar] = {}
     metrics: dict[int, dict[str, float]] = {}
+    notes: list[str] = []
     for entry in read(path)[0]:
         match entry["kind"]:
             case "run":
@@ -211,7 +226,9 @@ def load(path: str | os.PathLike[str]) -> Record:
                 tags.update(entry["tags"])
             case "status":
                 status = entry["status"]
-    return Record(name, tags, params, dict(sorted(metrics.items())), status)
+            case "note":
+                notes.append(entry["text"])
+    return Record(name, tags, params, dict(sorted(metrics.items())), status, tuple(notes))
 
 
 def evaluated(metrics: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:

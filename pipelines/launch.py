@@ -3,10 +3,14 @@
 A task is ``task(payload, group, report)``: it runs on every worker with the same payload, calls ``report`` on
 every worker at the same moments, and its return value on rank 0 is the result. Checkpoints are the task's own
 (a plain directory in its run folder), so a restarted group continues where the last one was written.
+
+Workers that die, or make no progress (:mod:`pipelines.alive`), are started again: as many as before, or as many
+as can be had from ``train.min_workers`` on.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,8 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gru_core.config import TrainConfig
-from gru_core.errors import InputError
+from gru_core.errors import InputError, StorageError
 from gru_core.parallel import Group, current_group
+from pipelines import alive
 
 R = TypeVar("R")
 Report = Callable[[dict[str, Any]], None]
@@ -30,7 +35,11 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a worker that hangs does not answer that call either
 }
+
+HEALTH = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+"""Ray Train: seconds after which a worker process that does not answer is taken for dead."""
 
 REFUSAL_S = 10.0
 """Longest wait for the other workers to meet the same bad input."""
@@ -38,9 +47,10 @@ REFUSAL_S = 10.0
 
 @dataclass(frozen=True)
 class _Refused:
-    """Bad input that every worker met: a value, since Ray Train would start the workers again on an error."""
+    """What every worker met and would meet again (bad input, a full disk): a value, since Ray Train would start
+    the workers again on an error."""
 
-    error: InputError
+    error: InputError | StorageError
 
 
 def silent(metrics: dict[str, Any]) -> None:
@@ -69,22 +79,23 @@ def launch(
         report: where the reports of a task in this process go.
 
     Raises:
-        InputError: what the task raised on every worker; not tried again.
+        InputError, StorageError: what the task raised on every worker; not tried again.
         Exception: what the task raised on a worker, after ``train.max_failures`` restarts.
         KeyboardInterrupt: Ctrl-C; the workers are gone.
     """
     if train.workers == 0:
         return _here(task, payload, train, gpus, report)
     os.environ.update({k: os.environ.get(k, v) for k, v in QUIET.items()})
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    os.environ[HEALTH] = str(train.hang_timeout)
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
 
-    resources = {"CPU": float(train.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
+    watch = {"folder": folder.absolute(), "hang_timeout": train.hang_timeout}
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"task": task, "payload": payload, "threads": train.cpus_per_worker, "gpus": gpus},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=train.workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        train_loop_config={"task": task, "payload": payload, "threads": train.cpus_per_worker, "gpus": gpus, **watch},
+        torch_config=_torch(train, gpus),
+        scaling_config=_scaling(train, gpus),
         run_config=RunConfig(
             name=name,
             storage_path=str(folder.absolute() / "ray"),
@@ -97,6 +108,23 @@ def launch(
     if isinstance(value, _Refused):
         raise value.error
     return value
+
+
+def _scaling(train: TrainConfig, gpus: float) -> Any:
+    """How many workers, and what each of them takes."""
+    from ray.train import ScalingConfig
+
+    resources = {"CPU": float(train.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
+    fewest = train.min_workers or train.workers
+    number: Any = train.workers if fewest == train.workers else (fewest, train.workers)
+    return ScalingConfig(num_workers=number, use_gpu=gpus > 0, resources_per_worker=resources)
+
+
+def _torch(train: TrainConfig, gpus: float) -> Any:
+    """Collectives wait longer than a hang takes to be noticed: one rank may write while the others wait."""
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=math.ceil(max(1800, 2 * train.hang_timeout)))
 
 
 def _tune_callbacks() -> list[Any]:
@@ -161,8 +189,9 @@ def _on_worker(settings: dict[str, Any]) -> Any:
     group = current_group(ray.train.torch.get_device() if settings["gpus"] else torch.device("cpu"))
     meeting = _meeting(group)
     try:
-        return settings["task"](settings["payload"], group, ray.train.report)
-    except InputError as error:
+        with alive.watched(settings["folder"], group.rank, settings["hang_timeout"]):
+            return settings["task"](settings["payload"], group, ray.train.report)
+    except (InputError, StorageError) as error:
         if not _all_refuse(group, meeting):
             raise
         return _Refused(error)

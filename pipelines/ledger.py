@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gru_core.errors import StorageError
+from gru_core.errors import InputError, StorageError
 from pipelines import journal
 
 NAME = "trials.jsonl"
@@ -29,14 +31,19 @@ class Ledger:
 
     Args:
         folder: the search folder.
+        stored: called after each line, before anything happens that relies on it.
 
     Raises:
         StorageError: the file cannot be read or written.
+        InputError: it names a trial that would lie in another folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+    def __init__(self, folder: Path, stored: Callable[[], None] = lambda: None) -> None:
+        self.path, self._stored = folder / NAME, stored
         self.entries, size = journal.read(self.path)
+        for entry in self.entries:
+            if not re.fullmatch(r"\w[\w.-]*", str(entry.get("id", "trial"))):  # it names a folder
+                raise InputError(f"{self.path}: got the trial {str(entry['id'])[:80]!r}, allowed: a plain name")
         try:
             if self.path.exists() and self.path.stat().st_size > size:
                 os.truncate(self.path, size)  # a last line torn by a kill
@@ -66,3 +73,4 @@ class Ledger:
                 os.truncate(self.path, size)
             raise StorageError(f"{self.path} cannot be written: {error.strerror or error}") from error
         self.entries.append(entry)
+        self._stored()

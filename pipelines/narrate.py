@@ -8,12 +8,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def watching(tell: Callable[[], None], every: float = 0.5) -> Iterator[None]:
-    """Call ``tell`` every so many seconds in a thread while the block runs, and once more at its end."""
+def watching(tell: Callable[[], None], every: float = 0.5, before: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Call ``tell`` every so many seconds in a thread while the block runs, and once more at its end.
+
+    Args:
+        before: called each time before ``tell``: brings here what there is to tell.
+    """
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(every):
+            before()
             tell()
 
     thread = threading.Thread(target=watch, name="narrator", daemon=True)
@@ -23,4 +28,5 @@ def watching(tell: Callable[[], None], every: float = 0.5) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        before()
         tell()

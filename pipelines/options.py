@@ -13,9 +13,11 @@ EXAMPLES = {
     "demo": "gru demo",
     "doctor": "gru doctor",
     "prepare": "gru prepare -c tofu_small",
+    "plan": "gru plan -c tofu_llama32_1b --gpus 8 --gpu-memory 80",
     "unlearn": "gru unlearn -c demo --set rectify.strength=2 --output runs/one",
     "search": "gru search -c study.yaml --resume",
     "frontier": "gru frontier runs/demo",
+    "export": "gru export runs/one --output models/one",
     "submit": "gru submit --address http://head:8265 -- search -c study.yaml",
     "ui": "gru ui --port 5001",
 }

@@ -11,21 +11,26 @@ from pathlib import Path
 
 from gru_core.errors import InputError
 from pipelines.settings import HEADER
+from pipelines.storage import Storage
 
-_JOURNAL_LINE = b'{"kind":"run"'
+_MARKS = {"config.yaml": HEADER.encode(), "request.yaml": HEADER.encode(), "journal.jsonl": b'{"kind":"run"'}
 LOCK = ".gru.lock"
 """The file in an output folder that :func:`hold` locks; a folder with nothing else in it is empty."""
 
 
-def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
+def examine(folder: Path, *, overwrite: bool, resume: bool, storage: Storage | None = None) -> Path:
     """Checks that :func:`claim` would succeed; changes nothing.
+
+    Args:
+        storage: where the output is kept, if not in the folder: what holds for the folder then holds for both, and
+            what is resumed is there.
 
     Returns:
         The absolute path.
 
     Raises:
         InputError: the folder is not empty and neither option was given; holds something that is no result of
-            ours where an option was given; nothing there to resume; not writable.
+            ours where an option was given; nothing there to resume; not writable; the storage cannot be used.
     """
     if overwrite and resume:
         raise InputError("--overwrite and --resume were both given, allowed: one of them")
@@ -36,7 +41,9 @@ def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
             raise InputError(f"output folder {folder} is a file, allowed: a folder")
     except OSError as error:
         raise InputError(f"output folder {folder}: {error.strerror or error}") from None
-    if empty and resume:
+    if storage is not None:
+        _examine_storage(storage, overwrite=overwrite, resume=resume)
+    elif empty and resume:
         raise InputError(f"output folder {folder} holds nothing to resume (leave --resume out to start there)")
     if not empty and not is_result(path):
         raise InputError(
@@ -51,11 +58,25 @@ def examine(folder: Path, *, overwrite: bool, resume: bool) -> Path:
     return path
 
 
-def claim(folder: Path, *, overwrite: bool, resume: bool) -> Path:
+def _examine_storage(storage: Storage, *, overwrite: bool, resume: bool) -> None:
+    storage.check()
+    if not storage.names():
+        if resume:
+            raise InputError(f"output.storage: {storage} holds nothing to resume (leave --resume out to start there)")
+        return
+    if not any((storage.read(name) or b"").startswith(mark) for name, mark in _MARKS.items()):
+        raise InputError(f"output.storage: {storage} is not empty, and holds no result of gru")
+    if not (overwrite or resume):
+        raise InputError(
+            f"output.storage: {storage} is not empty; --overwrite replaces what is in it, --resume continues it"
+        )
+
+
+def claim(folder: Path, *, overwrite: bool, resume: bool, storage: Storage | None = None) -> Path:
     """Makes the output folder ready: call it last, when every other check has passed.
 
     Without an option the folder must be missing or empty. ``overwrite`` deletes what is in it, but only where
-    it is a result of ours (:func:`is_result`); ``resume`` leaves it as it is.
+    it is a result of ours (:func:`is_result`); ``resume`` leaves it as it is. The same holds for ``storage``.
 
     Returns:
         The absolute path of a folder that exists.
@@ -63,7 +84,9 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> Path:
     Raises:
         InputError: as :func:`examine`.
     """
-    path = examine(folder, overwrite=overwrite, resume=resume)
+    path = examine(folder, overwrite=overwrite, resume=resume, storage=storage)
+    if overwrite and storage is not None:
+        storage.delete(storage.names())
     if overwrite and path.exists():
         for entry in path.iterdir():  # the folder itself stays: it may be a link, or a mount
             if entry.name == LOCK:
@@ -135,8 +158,7 @@ def is_result(path: Path) -> bool:
 
     A ``config.yaml`` that a user wrote by hand carries no such line, so that its folder is never deleted.
     """
-    marks = {"config.yaml": HEADER.encode(), "request.yaml": HEADER.encode(), "journal.jsonl": _JOURNAL_LINE}
-    for name, start in marks.items():
+    for name, start in _MARKS.items():
         with contextlib.suppress(OSError), (path / name).open("rb") as file:
             if file.read(len(start)) == start:
                 return True

@@ -19,6 +19,7 @@ from typing import Any
 from gru_core.config import RunConfig
 from gru_core.errors import InputError
 from pipelines import settings
+from pipelines.inputs import without_secrets
 
 LIMIT = 50 * 2**20
 """Bytes that a package may hold. Ray itself takes 100 MiB, and keeps a package in the head's memory."""
@@ -113,7 +114,7 @@ def build(config: RunConfig, folder: Path) -> Package:
         uploaded[item.key] = str(target / item.path.name if single else target)
         size += item.size
     remote += list(_searched_models(config))
-    text = settings.to_yaml(settings.with_values(config, dict(uploaded)))
+    text = settings.to_yaml(without_secrets(settings.with_values(config, dict(uploaded))))
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     return Package(folder, uploaded, tuple(remote), size + len(text.encode()))
 
@@ -128,13 +129,16 @@ def _copy_code(folder: Path) -> int:
             for source in sorted(root.rglob("*")):
                 relative = source.relative_to(root)
                 hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-                wanted = source.suffix in (".py", ".yaml") or source.name == "py.typed"
+                study = source.suffix == ".yaml" and len(relative.parts) == 1  # deeper ones are configs of results
+                wanted = source.suffix == ".py" or study or source.name == "py.typed"
                 if hidden or not wanted or not source.is_file():
                     continue
                 target = folder / name / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
                 size += source.stat().st_size
+    if size > LIMIT:
+        raise InputError(f"the code here has {size / 2**20:.1f} MiB, a job takes {LIMIT / 2**20:.0f} MiB at most")
     return size
 
 
@@ -153,7 +157,8 @@ def find_inputs(config: RunConfig) -> Iterator[Input]:
         key = "benchmark.data_dir"
         path = _absolute(values[key])
         here = _present(key, path, values[key], folder=True)
-        yield Input(key, path, {name: path / name for name in _data_files(config)} if here else {})
+        files = {name: path / name for name in _data_files(config)} if here else {}
+        yield Input(key, path, _inside(key, path, files))
     for key in MODELS:
         if is_folder(values[key]):
             yield _model(key, values[key])
@@ -174,7 +179,25 @@ def _model(key: str, value: Any) -> Input:
         return Input(key, path)
     check_model_folder(str(path), key)
     files = {item.name: item for item in sorted(path.iterdir()) if item.suffix in _MODEL_FILES}
-    return Input(key, path, {name: item for name, item in files.items() if item.is_file() and name[0] != "."})
+    wanted = {name: item for name, item in files.items() if item.is_file() and name[0] != "."}
+    return Input(key, path, _inside(key, path, wanted))
+
+
+def _inside(key: str, folder: Path, files: dict[str, Path]) -> dict[str, Path]:
+    """``files`` where none is a link out of the folder: nobody would expect what lies elsewhere to be sent.
+
+    In the hub's cache a model's files are links to ``blobs`` beside its ``snapshots``: that is inside.
+
+    Raises:
+        InputError: a link that leads out.
+    """
+    real = folder.resolve()
+    allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    for name, path in files.items():
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise InputError(f"{key}: {folder / name} is a link out of its folder and is not sent; put the file there")
+    return files
 
 
 def _searched_models(config: RunConfig) -> Iterator[Input]:

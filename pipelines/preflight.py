@@ -50,6 +50,7 @@ class Plan:
         tracking: resolved tracking URI; empty where the command records nothing.
         every_node: the command uses all nodes, not the head alone.
         cache: workers on other nodes read the prepared models that the head keeps in its cache.
+        storage: shared storage of the output; ``output`` is then each machine's own copy.
     """
 
     output: Path | None
@@ -59,6 +60,7 @@ class Plan:
     resume: bool = False
     every_node: bool = True
     cache: bool = False
+    storage: str | None = None
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
@@ -93,6 +95,7 @@ def check(cluster: Cluster, package: Package, plan: Plan, env_vars: dict[str, st
             "inputs": [_listed(item) for item in package.remote],
             "markers": list(marks.values()),
             "output": str(plan.output) if plan.output else None,
+            "storage": plan.storage,
             "overwrite": plan.overwrite,
             "resume": plan.resume,
             "tracking": bool(plan.tracking),
@@ -228,14 +231,14 @@ def _judge_output(report: dict[str, Any], plan: Plan, marks: dict[str, str]) -> 
     if plan.output is None:
         return
     fix = "set a folder that the cluster shares, such as --set output.dir=/shared/runs/name"
-    if plan.shared_output and marks["output"] in report["here"]["unseen"]:
+    if plan.shared_output and not plan.storage and marks["output"] in report["here"]["unseen"]:
         raise InputError(f"output.dir: {plan.output} of this machine is not on the cluster's head; {fix}")
     if error := report["unwritable"].get(str(plan.output)):
         raise InputError(f"output.dir: the cluster's head cannot write {plan.output} ({error}); {fix}")
     if report["output"]:
         raise InputError(f"on the cluster: {report['output']}")
     for node in report["nodes"]:
-        if str(plan.output) in node["unseen"]:
+        if str(plan.output) in node["unseen"] and not plan.storage:
             raise InputError(f"output.dir: node {node['node']} does not see {plan.output} of the head; {fix}")
 
 

@@ -17,16 +17,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gru_core import models
+from torch import nn
+
+from gru_core import models, saving
 from gru_core.batch import Row
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import RectifyConfig, RunConfig, UnlearnConfig
 from gru_core.errors import ConfigError, InputError
 from gru_core.loop import Hooks, Run
+from gru_core.losses import Rows
 from gru_core.objectives.learn import Learn
-from gru_core.parallel import Group, unwrap, wrap
-from gru_core.step import Rows
+from gru_core.parallel import Group, unwrap
+from gru_core.placing import place
 from pipelines import identity, journal, ray_start, settings, siblings
 from pipelines.inputs import absolute, tokenise
 from pipelines.launch import Report, launch
@@ -113,6 +116,8 @@ def run(config: RunConfig, *, say: Say) -> Prepared:
         InputError: benchmark or base model cannot be read; more workers than the cluster has.
     """
     config = absolute(config)
+    bare, output = replace(config.model, lora=None), replace(config.output, merged=False)
+    config = replace(config, model=bare, output=output)  # adapters are for what comes after
     where = folders(config)
     if not _missing(where):
         return _cached(where, say)
@@ -223,22 +228,26 @@ def _texts(benchmark: Benchmark) -> list[str]:
     return texts
 
 
-def _start(config: RunConfig, benchmark: Benchmark) -> tuple[Any, Any]:
-    """Tokenizer and model before training."""
+def _start(config: RunConfig, benchmark: Benchmark, group: Group) -> tuple[Any, nn.Module]:
+    """Tokenizer and model before training; a small model from scratch is not worth spreading over the workers."""
     recipe = config.prepare
     if recipe.base is not None:
         tokenizer = models.load_tokenizer(recipe.base, "prepare.base")
-        return tokenizer, models.load_model(recipe.base, config.model, "prepare.base")
+        return tokenizer, place(recipe.base, config.model, config.train, group, "prepare.base")
     tokenizer = models.build_tokenizer(_texts(benchmark), recipe)
-    return tokenizer, models.build_small(tokenizer, recipe, config.train.seed)
+    whole = replace(config.train, strategy="ddp", cpu_offload=False)
+    return tokenizer, place(
+        lambda: models.build_small(tokenizer, recipe, config.train.seed), config.model, whole, group
+    )
 
 
 def _train(order: _Order, group: Group, report: Report) -> str:
     """Train one model to its end, or from its last checkpoint; rank 0 puts it in its place."""
     config, recipe = order.config, order.config.prepare
     benchmark = load_benchmark(config.benchmark)
-    tokenizer, model = _start(config, benchmark)
-    rows = tokenise(tokenizer, training_rows(benchmark, order.which, recipe.base is None), model, config.model)
+    tokenizer, model = _start(config, benchmark, group)
+    texts = training_rows(benchmark, order.which, recipe.base is None)
+    rows = tokenise(tokenizer, texts, models.max_length(unwrap(model)), config.model)
     training = replace(
         config,
         unlearn=UnlearnConfig(
@@ -256,12 +265,11 @@ def _train(order: _Order, group: Group, report: Report) -> str:
         if record and (step % 25 == 0 or step == recipe.steps):
             record.metrics(step, {"train/loss": metrics["forget_loss"]})
 
-    wrapped = wrap(model.to(group.device), group)
-    Run(wrapped, training, Learn(training.unlearn), Rows(rows), Rows([]), group, Hooks(log=log), work / "checkpoints")()
+    Run(model, training, Learn(training.unlearn), Rows(rows), Rows([]), group, Hooks(log=log), work / "checkpoints")()
+    done = work / "model"
+    saving.save(model, tokenizer, recipe.base or "", done, group)
     if record:
         record.close()
-        done = work / "model"
-        models.save_model(unwrap(wrapped), tokenizer, done)
         shutil.rmtree(order.folder, ignore_errors=True)
         done.rename(order.folder)
         shutil.rmtree(work, ignore_errors=True)

@@ -156,10 +156,12 @@ def _refusal(check: Callable[[], object]) -> str | None:
 
 
 def _examine(spec: dict[str, Any]) -> None:
+    from pipelines.mirror import of
     from pipelines.output import examine
 
     if spec["output"]:
-        examine(Path(spec["output"]), overwrite=spec["overwrite"], resume=spec["resume"])
+        storage = of(spec.get("storage"))
+        examine(Path(spec["output"]), overwrite=spec["overwrite"], resume=spec["resume"], storage=storage)
 
 
 def _check_store(spec: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Everything that Ray prints or reports by itself is switched off unless ``--verbo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,12 +13,11 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from gru_core.config import TrainConfig
 from gru_core.errors import ConfigError, InputError
-from pipelines import capacity
+from pipelines import authentication, capacity
 from pipelines.console import verbose
 from pipelines.launch import QUIET
 
@@ -54,6 +54,9 @@ def connect(train: TrainConfig, say: Say) -> float:
 def start(say: Say) -> None:
     """Joins the cluster at ``RAY_ADDRESS``, or starts Ray on this machine; nothing where it runs already.
 
+    Ray that is started here asks for this user's token; a cluster that asks for one gets it; one over a network
+    that does not is worth a warning.
+
     Raises:
         InputError: the cluster at ``RAY_ADDRESS`` cannot be reached, or refuses us.
     """
@@ -61,6 +64,7 @@ def start(say: Say) -> None:
         os.environ.setdefault(name, value)
     import ray
 
+    _keep_keys_back()
     if ray.is_initialized():
         return
     _quiet_loggers()
@@ -72,7 +76,7 @@ def start(say: Say) -> None:
         options |= {"address": address, "runtime_env": {"env_vars": _new_variables()}}
     else:
         options |= {"address": "local", "include_dashboard": False}
-    _private_token()
+    _token(address, say)
     on_stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
@@ -82,9 +86,21 @@ def start(say: Say) -> None:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {line[:200]}") from None
     finally:
-        _private_token()
+        authentication.keep_private()
         if callable(on_stop) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_stop)  # Ray puts one there that ends the process on the spot
+    _warn_open(address, say)
+
+
+def _keep_keys_back() -> None:
+    """Ray Tune hands AWS keys to its trials in a runtime environment, which Ray's logs show in clear.
+
+    Trials have them without that: from the environment of the Ray processes that start them.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # a Ray that does not do that
+        from ray.tune.execution import class_cache
+
+        class_cache.ENV_VARS_TO_PROPAGATE -= {n for n in class_cache.ENV_VARS_TO_PROPAGATE if n.startswith("AWS_")}
 
 
 def _level() -> str:
@@ -123,17 +139,40 @@ def _new_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ and name not in taken}
 
 
-def _private_token() -> None:
-    """Ray writes its token readable for everybody; the owner alone is meant to have it."""
-    folder = Path.home() / ".ray"
-    try:
-        if not folder.exists():
-            folder.mkdir(mode=0o700)
-        token = folder / "auth_token"
-        if token.exists() and token.stat().st_mode & 0o077:
-            token.chmod(0o600)
-    except OSError:  # a home that cannot be written holds no token of Ray's either
+def _token(address: str, say: Say) -> None:
+    """Has the token ready that Ray is to ask for, or that the cluster at ``address`` asks for.
+
+    Raises:
+        InputError: the cluster asks for a token and there is none here, or refuses it.
+    """
+    if not address or address == "local":
+        if os.environ.get(authentication.MODE, "token").lower() != "token":
+            say("warning: RAY_AUTH_MODE switches authentication off: whoever reaches this machine can use its Ray")
+            return
+        authentication.make_token()
+        authentication.switch_on()
+    elif ":" in address and "://" not in address and authentication.asks(address):
+        found = authentication.find_token()
+        if not found or authentication.asks(address, found[0]):
+            what = f"refuses the token from {found[1]}" if found else "asks for a token and none was found here"
+            way = "set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token) to the token of that cluster"
+            raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} {what}; {way}")
+        authentication.switch_on()  # Ray does that by itself for a cluster that it finds on this machine
+
+
+def _warn_open(address: str, say: Say) -> None:
+    """Warns of a cluster over a network that asks nobody for a token; inside a job its submitter was warned."""
+    import ray
+
+    if not address or address == "local" or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return
+    client = address.startswith("ray://")
+    place = address.removeprefix("ray://") if client else str(ray.get_runtime_context().gcs_address)
+    if authentication.is_local(place.rpartition(":")[0]):
+        return
+    token = os.environ.get(authentication.MODE, "").lower() == "token"
+    if (not token) if client else authentication.asks(place) is False:
+        say(authentication.warning(place))
 
 
 def check_gpus(train: TrainConfig) -> None:

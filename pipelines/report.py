@@ -31,6 +31,12 @@ def run(document: Mapping[str, Any]) -> list[str]:
     return [*lines, f"browse it: {open_mlflow(document['tracking_uri'])}"]
 
 
+def exported(document: Mapping[str, Any]) -> list[str]:
+    """Of ``gru export``."""
+    at = f", after step {document['step']}" if document["step"] is not None else ""
+    return [f"{document['kind']}: {document['model']} ({document['bytes'] / 1e6:.1f} MB{at})"]
+
+
 def search(document: Mapping[str, Any]) -> list[str]:
     """Frontier points, hypervolumes, pictures, and the command that opens MLflow."""
     points = document["frontier"]

@@ -20,6 +20,7 @@ from gru_core.errors import InputError
 from pipelines import (
     capacity,
     journal,
+    mirror,
     output,
     prepare,
     provenance,
@@ -27,6 +28,7 @@ from pipelines import (
     search_inputs,
     selection,
     settings,
+    stopping,
     trial,
 )
 from pipelines.console import verbose
@@ -62,22 +64,27 @@ def run(
     Raises:
         InputError: bad input, or more than the cluster has; nothing was written.
         RuntimeError: every trial failed.
-        KeyboardInterrupt: stopped before its end; ``resume`` goes on.
+        KeyboardInterrupt: stopped before its end, by Ctrl-C at once or by SIGTERM with checkpoints; ``resume``
+            goes on.
     """
     began = time.monotonic()
     uri, folder, families, inputs = search_checks.check(config, overwrite, resume, say)
     threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()  # while Ray starts
+    copy = mirror.Mirror(config.output.storage, folder, owned=True, say=say)
     with output.hold(folder):
         if not (resume and search_checks.complete(folder, families)):
             with _ray(config, say) as gpus:
                 ready = prepare.resolve(config, say=say)
                 shared = search_inputs.put(ready, families, gpus, load, say)
-                output.claim(folder, overwrite=overwrite, resume=resume)
+                output.claim(folder, overwrite=overwrite, resume=resume, storage=copy.storage)
                 study = trial.Study(_public(ready), folder, shared, gpus, work)
                 marks = {"gru.kind": "search", search_checks.FINGERPRINT: inputs, **provenance.tags(), **(tags or {})}
-                with Courier(uri, config.track.experiment, folder, say=say), _record(config, study, marks):
-                    _trials(study, families, say)
-        return _document(folder, families, uri, began, say)
+                courier = Courier(uri, config.track.experiment, folder, say=say, before=copy.poll)
+                with courier, _record(config, study, marks, copy):
+                    _trials(study, families, copy, say)
+        document = _document(folder, families, uri, began, say)
+        copy.push(journal.NAME, *(f"frontier.{kind}" for kind in document["artifacts"]))
+        return document
 
 
 def _public(config: RunConfig) -> RunConfig:
@@ -112,7 +119,7 @@ def _ray(config: RunConfig, say: Say) -> Iterator[float]:
 
 
 @contextmanager
-def _record(config: RunConfig, study: trial.Study, marks: Mapping[str, str]) -> Iterator[None]:
+def _record(config: RunConfig, study: trial.Study, marks: Mapping[str, str], copy: mirror.Mirror) -> Iterator[None]:
     """The parent's files and journal: opened as a search, closed with how it ended."""
     folder = study.folder
     with journal.Journal(folder) as record:  # first of all: it marks the folder as a search
@@ -123,16 +130,20 @@ def _record(config: RunConfig, study: trial.Study, marks: Mapping[str, str]) -> 
         (folder / "config.yaml").write_text(settings.to_yaml(study.config))
         record.params(settings.flat(study.config))
         record.artifact("config.yaml")
+        copy.push("request.yaml", "config.yaml", journal.NAME)
         try:
             yield
         except BaseException as error:
             with suppress(Exception):  # a full disk must not hide what went wrong first
                 record.status("stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
+                copy.push(journal.NAME)
             raise
+        copy.pull()  # the last records of the last trials
         record.status("finished")
+        copy.push(journal.NAME)
 
 
-def _trials(study: trial.Study, families: Sequence[Family], say: Say) -> None:
+def _trials(study: trial.Study, families: Sequence[Family], copy: mirror.Mirror, say: Say) -> None:
     """Runs every trial that has no result yet.
 
     Raises:
@@ -142,22 +153,25 @@ def _trials(study: trial.Study, families: Sequence[Family], say: Say) -> None:
     from pipelines.families import Families, Sampler
 
     config, train = study.config, study.config.train
-    ledger = Ledger(study.folder)
+    ledger = Ledger(study.folder, stored=lambda: copy.push(LEDGER))
     search = config.search
     samplers = {f.name: Sampler(f, search.sampler, train.seed, search.metrics) for f in families}
     total = sum(family.trials for family in families)
     searcher = Families(
         families, samplers, ledger,
-        ended=lambda entry: _ended(study, entry, ledger, total, say),
-        cause=lambda name: trial.cause(study.folder / "trials" / name),
+        ended=lambda entry: _ended(copy, entry, ledger, total, say),
+        cause=lambda name: _cause(copy, name),
+        stop=stopping.asked,
     )  # fmt: skip
     at_a_time = min(capacity.concurrency(train, study.gpus, search.concurrent, capacity.nodes()), searcher.left)
     shares = ", ".join(f"{family.trials} {family.name}" for family in families)
-    say(f"search in {study.folder}: {total} trials ({shares}), {searcher.left} to run, {at_a_time} at a time")
+    kept = f", kept in {copy.storage}" if copy.storage else ""
+    say(f"search in {study.folder}{kept}: {total} trials ({shares}), {searcher.left} to run, {at_a_time} at a time")
     try:
-        _tune(study, searcher, at_a_time)
+        with stopping.listening(study.folder, train.grace, say, copy.storage):
+            _tune(study, searcher, at_a_time)
     finally:
-        _mark_stopped(study.folder, ledger)
+        _mark_stopped(copy, ledger)
     ends = selection.outcomes(ledger.entries)
     if searcher.left or len(ends) < total:
         say(f"stopped with {len(ends)} of {total} trials done; --resume goes on")
@@ -196,30 +210,37 @@ def _trial_name(tuned: Any) -> str:
     return str(tuned.config["id"])
 
 
-def _ended(study: trial.Study, entry: Entry, ledger: Ledger, total: int, say: Say) -> None:
+def _cause(copy: mirror.Mirror, name: str) -> str:
+    copy.poll(0.0)
+    return trial.cause(copy.folder / "trials" / name)
+
+
+def _ended(copy: mirror.Mirror, entry: Entry, ledger: Ledger, total: int, say: Say) -> None:
     """A trial is over: say so, and let the journal of one that died say it too."""
     say(f"[{len(selection.outcomes(ledger.entries))}/{total}] {selection.line(entry)}")
     if entry["status"] == "failed":
-        _mark(study.folder / "trials" / entry["id"], entry["id"], "failed")
+        _mark(copy, entry["id"], "failed")
 
 
-def _mark(folder: Path, name: str, status: str) -> None:
+def _mark(copy: mirror.Mirror, name: str, status: str) -> None:
     """The last word in the journal of a trial whose process could not give it."""
-    with journal.Journal(folder) as record:
+    mine = f"trials/{name}"
+    with copy.writing(f"{mine}/{journal.NAME}"), journal.Journal(copy.folder / mine) as record:
         family = name.rpartition("-")[0]
         record.run(name, {"gru.kind": "trial", "gru.family": family, "gru.trial": name})
         record.status(status)
 
 
-def _mark_stopped(folder: Path, ledger: Ledger) -> None:
+def _mark_stopped(copy: mirror.Mirror, ledger: Ledger) -> None:
     """The same for trials that began and have no end: an interrupted search leaves none that seems to run."""
+    copy.poll(0.0)
     for name in selection.unfinished(ledger.entries):
-        mine = folder / "trials" / name
+        mine = copy.folder / "trials" / name
         with suppress(Exception):  # a full disk must not hide what went wrong first
             kinds = ("run", "metrics", "status")
             lines = [entry for entry in journal.read(mine / journal.NAME)[0] if entry["kind"] in kinds]
             if lines and lines[-1]["kind"] != "status":
-                _mark(mine, name, "stopped")
+                _mark(copy, name, "stopped")
 
 
 # ---------------------------------------------------------------------------------------------------- end

@@ -8,14 +8,18 @@ from pathlib import Path
 
 from gru_core.config import RunConfig
 from gru_core.errors import InputError
-from pipelines import journal, output, prepare, search_inputs, selection, settings, space, tracking
+from pipelines import journal, mirror, output, prepare, search_inputs, selection, settings, space, tracking
 from pipelines.ledger import NAME as LEDGER
 from pipelines.space import Family
 
 Say = Callable[[str], None]
 
-FREE = ("output.", "track.", "train.max_failures", "search.concurrent")
-"""Settings that may differ when a search is resumed: they change no result."""
+_MACHINES = (
+    "workers", "min_workers", "micro_batch", "strategy", "activation_checkpointing", "cpu_offload",
+    "cpus_per_worker", "gpus_per_worker", "max_failures", "hang_timeout", "grace",
+)  # fmt: skip
+FREE = ("output.", "track.", "search.concurrent", *(f"train.{name}" for name in _MACHINES))
+"""Settings that may differ when a search or a run is resumed: where, and on what, it runs."""
 DATA = ("benchmark.forget", "benchmark.retain", "benchmark.data_dir")
 """Where rows are read from: may differ too, where the rows are the same."""
 MODELS = ("model.path", "retain_model", "prepare.base")
@@ -42,10 +46,13 @@ def check(config: RunConfig, overwrite: bool, resume: bool, say: Say) -> tuple[s
     if "prepared" in (config.model.path, config.retain_model) and not prepare.folders(config, benchmark).cached:
         prepare.check(config)
     uri = tracking.resolve_uri(config.track)
-    tracking.check(uri)
-    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
+    tracking.check(uri, say=say)
+    storage = mirror.of(config.output.storage)
+    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume, storage=storage)
     inputs = search_inputs.fingerprint(config, benchmark)
     if resume:
+        with output.hold(folder):
+            mirror.Mirror(config.output.storage, folder).resume()
         _same_search(config, folder, inputs)
     return uri, folder, families, inputs
 

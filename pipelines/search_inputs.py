@@ -51,7 +51,7 @@ def load(config: RunConfig, retains: Sequence[Retain], gpus: float) -> tuple[Any
         gpus: GPUs of this task; without one it stays on the CPU.
 
     Returns:
-        The inputs, and the number of rows in each of those retain sets.
+        The inputs (with strategy ``fsdp`` without a baseline), and the number of rows in each of those retain sets.
 
     Raises:
         InputError: something cannot be read, a retain set is larger than what exists, or there is nothing to
@@ -68,6 +68,8 @@ def load(config: RunConfig, retains: Sequence[Retain], gpus: float) -> tuple[Any
     benchmark = load_benchmark(config.benchmark)  # before the model: data problems are told at once
     rows = [len(retain_subset(benchmark, retain, seed)) for retain, seed in retains]
     shared = inputs.load(config)
+    if shared.packed is None:
+        return shared, rows  # no process holds the whole model: each trial's workers score it together
     group = current_group() if gpus else Group()
     baseline = inputs.measure_baseline(config, shared, group)
     trade_off(baseline.start.scores, baseline, config.evaluate)

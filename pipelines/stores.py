@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from gru_core.config import TrackConfig
 from gru_core.errors import InputError
+from pipelines.authentication import is_local
 
 DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 ALLOWED = "sqlite:///FILE, http(s)://HOST, postgresql://, mysql://, mssql:// or databricks"
@@ -18,18 +20,22 @@ ALLOWED = "sqlite:///FILE, http(s)://HOST, postgresql://, mysql://, mssql:// or 
 def resolve_uri(track: TrackConfig, cwd: Path | None = None) -> str:
     """``track.uri``, else ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` in the working folder.
 
-    A relative SQLite path is made absolute, so that every process means the same file.
+    A relative SQLite path is made absolute, so that every process means the same file. No file of ours holds user
+    or password: a ``track.uri`` without them takes them from ``MLFLOW_TRACKING_URI`` where that names the same store.
 
     Raises:
         InputError: a folder or ``file:`` URI (MLflow refuses its file store), or no URI at all.
     """
-    given = track.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    environment = os.environ.get("MLFLOW_TRACKING_URI") or ""
+    given = track.uri or environment or "sqlite:///mlflow.db"
+    if given.rstrip("/") == hide(environment).rstrip("/"):
+        given = environment
     where = "track.uri" if track.uri else "MLFLOW_TRACKING_URI"
     scheme = given.partition(":")[0].partition("+")[0].lower() if ":" in given else ""
     if scheme == "sqlite":
         file, question, query = given.partition(":///")[2].partition("?")
         if not file or file == ":memory:":
-            raise InputError(f"{where}: got {given!r}, allowed: a database file, as in sqlite:///mlflow.db")
+            raise InputError(f"{where}: got {hide(given)!r}, allowed: a database file, as in sqlite:///mlflow.db")
         path = Path(os.path.normpath((cwd or Path.cwd()) / Path(file).expanduser()))
         return f"sqlite:///{path}{question}{query}"
     if scheme in {"http", "https"} and urlsplit(given).hostname:
@@ -43,9 +49,46 @@ def resolve_uri(track: TrackConfig, cwd: Path | None = None) -> str:
     raise InputError(f"{where}: got {hide(given)!r}, allowed: {ALLOWED}")
 
 
+# A password may hold any of @ : / unquoted; what stands between a host and a path is a port.
+_USER = re.compile(r"""://(?:[^/\s@:'"\[]*:(?!\d+(?:[/?#,;)'"]|$))\S*@|[^/\s?#'"]*@)""")
+_DATABASE = re.compile(r"((?:postgres\w*|mysql|mssql)(?:\+\w+)?://)[^\s?]*@", re.IGNORECASE)  # there even 12/x is one
+_SECRET = r"(?:pass|pwd|token|secret|key|credential|signature|auth)"
+_PARAMETER = re.compile(rf"""(?<=[?&;])[\w.%-]*{_SECRET}[\w.%-]*=[^&;#\s'"]*(?:[&;]|(?=[#\s'"]|$))""", re.IGNORECASE)
+# What is left of a query whose parameters are all gone, or whose last one is.
+_REST = re.compile(r"""(?<=[\w/.~%-])[?&;](?=\x00)|\x00""")
+
+
 def hide(text: str) -> str:
-    """The text without user names and passwords inside URIs: for everything that is printed or stored."""
-    return re.sub(r"://[^/\s@]+@", "://", text)
+    """The text without user names, passwords, tokens and keys inside URIs: for all that is printed or stored.
+
+    They are left out, not masked: a URI stays one that can be used, with credentials from the environment.
+    """
+    cut = _PARAMETER.sub(_dropped, _USER.sub("://", _DATABASE.sub(r"\1", text)))
+    return _REST.sub("", cut)
+
+
+def _dropped(found: re.Match[str]) -> str:
+    """Nothing where another parameter follows, else a mark: the separator before it has to go, too."""
+    return "" if found[0][-1] in "&;" else "\0"
+
+
+def secret(uri: str) -> bool:
+    """Whether a URI holds a user, a password, a token or a key."""
+    return hide(uri) != uri
+
+
+def exposed(uri: str) -> str | None:
+    """The warning about credentials that would go over a network unencrypted, None where they do not."""
+    parts = urlsplit(uri)
+    if parts.scheme != "http" or is_local(parts.hostname or ""):
+        return None
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    if not secret(uri) and not any(os.environ.get(name) for name in names):
+        return None
+    return (
+        f"warning: the password or token for the MLflow server {hide(uri)} goes over the network unencrypted; "
+        "use https://"
+    )
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -53,8 +96,11 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.partition(":///")[2].partition("?")[0]) if uri.startswith("sqlite:") else None
 
 
-def check(uri: str, timeout: float = 4.0) -> None:
+def check(uri: str, timeout: float = 4.0, say: Callable[[str], None] = lambda line: None) -> None:
     """Whether the store can be used, asked before anything is written; takes ``timeout`` seconds at most.
+
+    Args:
+        say: told of a password that would go over a network unencrypted.
 
     Raises:
         InputError: one line: a server that does not answer or refuses, a database that cannot be written.
@@ -62,6 +108,8 @@ def check(uri: str, timeout: float = 4.0) -> None:
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
     if scheme in {"http", "https"}:
+        if line := exposed(uri):
+            say(line)
         _check_server(uri, timeout)
     elif (file := sqlite_file(uri)) is not None:
         _check_file(file)

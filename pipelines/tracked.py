@@ -42,12 +42,13 @@ def gather(source: str, tracking_uri: str | None, *, sync: bool, say: Say) -> Fo
     """Finds a search by its folder, or by id or name of its MLflow run, and reads its trials.
 
     MLflow is read first. Where it cannot be reached, or holds fewer evaluations than the folder's journals,
-    the journals are read, and a note says so. A single run counts as a search of one trial.
+    the journals are read, and a note says so. A single run counts as a search of one trial. Of one in shared storage
+    (``s3://bucket/folder``) the records are copied to ``frontier-FOLDER`` in the working folder first.
 
     Raises:
         InputError: no such search, or a store that cannot be reached and is needed.
     """
-    folder = Path(source)
+    folder = _copied(source) if "://" in source else Path(source)
     if not (folder / journal.NAME).is_file():
         if folder.is_dir():
             raise InputError(f"{source} is no search folder: it has no {journal.NAME}")
@@ -67,6 +68,18 @@ def gather(source: str, tracking_uri: str | None, *, sync: bool, say: Say) -> Fo
         found.records, found.time_ms = _read(found.store, found.run_id)
     _complete(found)
     return found
+
+
+def _copied(uri: str) -> Path:
+    from pipelines.mirror import Mirror
+
+    folder = Path(f"frontier-{uri.partition('?')[0].rstrip('/').rpartition('/')[2]}")
+    copy = Mirror(uri, folder)
+    assert copy.storage is not None
+    if copy.storage.read(journal.NAME) is None:
+        raise InputError(f"{copy.storage} holds no search: it has no {journal.NAME}")
+    copy.resume()
+    return folder
 
 
 def _from_name(source: str, uri: str) -> Found:

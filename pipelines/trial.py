@@ -8,15 +8,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gru_core.config import RunConfig, TrainConfig
-from gru_core.errors import InputError
-from pipelines import selection
+from gru_core.errors import InputError, StorageError
+from pipelines import alive, mirror, selection
 from pipelines.launch import Report
 from pipelines.space import trial_config
+from pipelines.storage import Storage
 
 LOCK_S = 120.0
 """Longest wait for a process of an earlier, killed search to leave a trial's folder."""
@@ -57,8 +58,10 @@ class Study:
 def run(spec: dict[str, Any], study: Study) -> dict[str, Any]:
     """One trial: the function that Ray Tune calls. Its return value is its last report: its best candidate.
 
-    Bad input that only this trial's settings bring out is a failed trial at once; any other error is raised, and
-    Tune starts the trial again from its last checkpoint, ``train.max_failures`` times.
+    What another try would meet again (bad input that only this trial's settings bring out, a full disk) is a failed
+    trial at once; any other error is raised, and Tune starts the trial again from its last checkpoint,
+    ``train.max_failures`` times. A trial of a search that was asked to stop ends as ``stopped`` and keeps its
+    checkpoint.
     """
     from ray import tune
 
@@ -66,18 +69,25 @@ def run(spec: dict[str, Any], study: Study) -> dict[str, Any]:
     folder = study.folder / "trials" / spec["id"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _ERROR).unlink(missing_ok=True)
+    storage = mirror.of(study.config.output.storage)
+    storage = storage.under(f"trials/{spec['id']}") if storage else None
     tags = {"gru.kind": "trial", "gru.family": spec["family"], "gru.trial": spec["id"]}
     try:
         config = trial_config(study.config, spec["settings"], str(folder))
+        config = replace(config, output=replace(config.output, storage=storage.uri if storage else None))
         job = Job(config, folder, spec["id"], tags, study.shared, study.gpus)
         with alone(folder):
             result = study.work(job, tune.report)
-    except InputError as error:
-        return {"id": spec["id"], "status": "failed", "error": _note(folder, error)}
+    except (InputError, StorageError) as error:
+        return {"id": spec["id"], "status": "failed", "error": _note(folder, error, storage)}
     except Exception as error:
-        _note(folder, error)
+        _note(folder, error, storage)
         raise
+    if result["status"] == "stopped":
+        return {"id": spec["id"], "status": "stopped"}
     clean(folder)
+    if storage is not None:
+        storage.delete([*storage.names("checkpoints"), _ERROR])
     best = selection.best(result["points"], study.config.search.metrics)
     extra = {"error": result["error"]} if "error" in result else {}
     seconds = round(time.monotonic() - began, 3)
@@ -86,12 +96,13 @@ def run(spec: dict[str, Any], study: Study) -> dict[str, Any]:
 
 def work(job: Job, report: Report) -> dict[str, Any]:
     """The run itself: in this process, or on the Ray Train workers that its config asks for."""
+    study = job.folder.parents[1]
     if job.config.train.workers:
         from pipelines import unlearn
 
         return unlearn.train(
             job.config, job.folder, shared_ref=job.shared, in_tune=True, name=job.name, tags=job.tags,
-            keep_model=False, gpus=job.gpus,
+            keep_model=False, gpus=job.gpus, stop_in=study,
         )  # fmt: skip
     import torch
 
@@ -101,10 +112,11 @@ def work(job: Job, report: Report) -> dict[str, Any]:
     torch.set_num_threads(job.config.train.cpus_per_worker)
     group = current_group() if job.gpus else Group()
     shared = search_inputs.fetch(job.shared)
-    return worker.work(
-        job.config, job.folder, shared=shared, report=report, name=job.name, tags=job.tags, keep_model=False,
-        group=group,
-    )  # fmt: skip
+    with alive.watched(job.folder, 0, job.config.train.hang_timeout):
+        return worker.work(
+            job.config, job.folder, shared=shared, report=report, name=job.name, tags=job.tags, keep_model=False,
+            group=group, stop_in=study,
+        )  # fmt: skip
 
 
 def resources(train: TrainConfig, gpus: float) -> dict[str, float]:
@@ -123,11 +135,13 @@ def resources(train: TrainConfig, gpus: float) -> dict[str, float]:
 _ERROR = "error.json"
 
 
-def _note(folder: Path, error: BaseException) -> str:
+def _note(folder: Path, error: BaseException, storage: Storage | None) -> str:
     text = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else str(error)
     line = " ".join(text.split())[:500]
-    with suppress(OSError):  # a full disk must not hide what went wrong first
+    with suppress(OSError, StorageError):  # a full disk must not hide what went wrong first
         (folder / _ERROR).write_text(json.dumps({"error": line}))
+        if storage is not None:
+            storage.push(folder, [_ERROR])
     return line
 
 

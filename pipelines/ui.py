@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from gru_core.config import TrackConfig
 from gru_core.errors import InputError
+from pipelines.authentication import is_local
 from pipelines.console import Say, verbose
 from pipelines.stores import check, hide, resolve_uri, sqlite_file
 
@@ -40,6 +41,11 @@ def run(*, tracking_uri: str | None = None, host: str = "127.0.0.1", port: int =
     _check_store(uri)
     _check_port(host, port)
     signal.signal(signal.SIGTERM, _interrupt)
+    if not is_local(host):
+        say(
+            f"warning: MLflow on {host} asks nobody for a password: everybody on the network can read, change and "
+            "delete what is recorded"
+        )
     say(f"starting MLflow over {hide(uri)} ...")
     server = subprocess.Popen(_command(uri, host, port), start_new_session=True, env=_environment(), stdout=_sink(),
                               stderr=_sink())  # fmt: skip

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gru_core import checkpoint, models
+from gru_core import models
 from gru_core.benchmarks import load_benchmark, retain_subset
 from gru_core.config import RunConfig
 from gru_core.errors import InputError, StorageError
@@ -18,12 +18,15 @@ from gru_core.rectify import build_rule
 from pipelines import (
     inputs,
     journal,
+    mirror,
     output,
     prepare,
     provenance,
     ray_start,
+    search_checks,
     search_inputs,
     settings,
+    stopping,
     tracking,
     worker,
 )
@@ -84,6 +87,7 @@ def train(
     tags: dict[str, str] | None = None,
     keep_model: bool = True,
     gpus: float = 0.0,
+    stop_in: Path | None = None,
 ) -> worker.Result:
     """One run on ``train.workers`` workers, in its folder; resumes where the folder holds a checkpoint.
 
@@ -94,7 +98,7 @@ def train(
     Returns:
         As :func:`pipelines.worker.work`.
     """
-    assignment = worker.Assignment(config, folder, shared_ref, name, tags, keep_model)
+    assignment = worker.Assignment(config, folder, shared_ref, name, tags, keep_model, stop_in)
     return launch(worker.task, assignment, config.train, folder, name=folder.name, gpus=gpus, in_tune=in_tune)
 
 
@@ -107,13 +111,15 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
     Raises:
         InputError: bad input; nothing was written.
         RuntimeError: the run met a loss that is not finite; its folder holds what was measured before.
-        KeyboardInterrupt: stopped before its end; ``resume`` goes on.
+        KeyboardInterrupt: stopped before its end, by Ctrl-C at once or by SIGTERM with a checkpoint; ``resume``
+            goes on.
     """
     rows = check_inputs(config)
     uri = tracking.resolve_uri(config.track)
-    tracking.check(uri)
+    tracking.check(uri, say=say)
     config = inputs.without_secrets(config)  # all that is written, or sent to workers, comes from here on
-    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
+    storage = mirror.of(config.output.storage)
+    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume, storage=storage)
     with output.hold(folder):
         return _held(config, rows, folder, uri, overwrite, resume, say)
 
@@ -122,27 +128,42 @@ def _held(
     config: RunConfig, rows: int, folder: Path, uri: str, overwrite: bool, resume: bool, say: Say
 ) -> dict[str, Any]:
     """The run, once its folder belongs to this process alone."""
+    copy = mirror.Mirror(config.output.storage, folder, say=say)
+    content = search_inputs.fingerprint(config, load_benchmark(config.benchmark))
     if resume:
-        _same_config(config, folder)
+        copy.resume()
+        _same_config(config, folder, content)
     gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
     for line in (*ignored(config), *_scale(config)):
         say(f"note: {line}")
     ready = prepare.resolve(config, say=say)
     shared = _inputs(ready, folder if resume else None, gpus, say)
-    deliver = Courier(uri, config.track.experiment, folder, say=say)  # before claim: it may refuse the experiment
-    folder = output.claim(Path(config.output.dir), overwrite=overwrite, resume=resume)
+    # before claim: it may refuse the experiment
+    deliver = Courier(uri, config.track.experiment, folder, say=say, before=copy.poll)
+    folder = output.claim(Path(config.output.dir), overwrite=overwrite, resume=resume, storage=copy.storage)
     (folder / "request.yaml").write_text(settings.to_yaml(config))
-    found = checkpoint.latest(folder / "checkpoints")
-    begun = f", from step {found.step} on" if found else ""
+    copy.push("request.yaml")
+    step = copy.step()
+    begun = f", from step {step} on" if step else ""
     what = f"{config.unlearn.objective}, rule {config.rectify.rule}, {config.unlearn.steps} steps"
-    say(f"unlearning in {folder}: {what}, {rows} retain rows{begun}")
-    tags = {"gru.kind": "run", **provenance.tags()}
-    with deliver as courier, watching(_teller(folder, config, say)):
+    kept = f", kept in {copy.storage}" if copy.storage else ""
+    say(f"unlearning in {folder}{kept}: {what}, {rows} retain rows{begun}")
+    tags = {"gru.kind": "run", search_checks.FINGERPRINT: content, **provenance.tags()}
+    with (
+        deliver as courier,
+        watching(_teller(folder, config, say), before=copy.poll),
+        stopping.listening(folder, config.train.grace, say, copy.storage),
+    ):
         try:
             result = train(ready, folder, shared_ref=shared, name=folder.name, tags=tags, gpus=gpus)
+            copy.pull()
         except BaseException as error:
-            _mark(folder, error)
+            _mark(copy, error)
             raise
+    copy.model()
+    if result["status"] == "stopped":
+        say(f"stopped at step {result['steps']} of {config.unlearn.steps}; --resume goes on")
+        raise KeyboardInterrupt
     if result["status"] == "non_finite":
         raise RuntimeError(f"{result['error']}; {folder} holds what was measured before")
     model = folder / "model"
@@ -166,6 +187,8 @@ def _inputs(config: RunConfig, resumed: Path | None, gpus: float, say: Say) -> A
 
     def read(config: RunConfig, group: Group) -> inputs.Shared:
         shared = inputs.load(config)
+        if known is None and shared.packed is None:
+            return shared  # no process holds the whole model: the workers score it together
         baseline = known or inputs.measure_baseline(config, shared, group)
         trade_off(baseline.start.scores, baseline, config.evaluate)
         return shared.with_baseline(baseline)
@@ -184,36 +207,48 @@ def _inputs(config: RunConfig, resumed: Path | None, gpus: float, say: Say) -> A
     return launch(here, config, config.train, Path(config.output.dir), name="inputs", gpus=gpus)
 
 
-def _same_config(config: RunConfig, folder: Path) -> None:
-    """A resumed run is the run that was started: anything else would be two runs under one name."""
+def _same_config(config: RunConfig, folder: Path, content: str) -> None:
+    """A resumed run is the run that was started: anything else would be two runs under one name.
+
+    Args:
+        content: names rows and models by their content; where they are the same, they may lie elsewhere.
+    """
     file = folder / "request.yaml"
     if not file.exists():
         return
     before, now = settings.flat(settings.load(str(file))), settings.flat(config)
-    free = ("output.", "track.", "train.max_failures")
+    started = (journal.head(folder) or {}).get("tags", {}).get(search_checks.FINGERPRINT)
+    free = search_checks.FREE + ((*search_checks.DATA, *search_checks.MODELS) if started == content else ())
     changed = [k for k in now if before.get(k) != now[k] and not k.startswith(free)]
     if changed:
         shown = ", ".join(f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in changed[:3])
         raise InputError(f"--resume: the run in {folder} was started with other settings: {shown}")
 
 
-def _mark(folder: Path, error: BaseException) -> None:
+def _mark(copy: mirror.Mirror, error: BaseException) -> None:
     """The journal's last word on a run that could not give it one; never an error of its own."""
-    with suppress(Exception):  # a full disk must not hide what went wrong first
-        if (folder / journal.NAME).exists() and worker.finished(folder) is None:
-            with journal.Journal(folder) as record:
+    with suppress(Exception), copy.writing(journal.NAME):  # a full disk must not hide what went wrong first
+        if (copy.folder / journal.NAME).exists() and worker.finished(copy.folder) is None:
+            with journal.Journal(copy.folder) as record:
                 record.status("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
 
 
 def _teller(folder: Path, config: RunConfig, say: Say) -> Callable[[], None]:
-    """Says each evaluation once, whichever process measured it."""
+    """Says each evaluation once, whichever process measured it, and each note of this start."""
     told: set[int] = set()
+    notes = 0
+    with suppress(StorageError):
+        notes = len(journal.load(folder).notes)
 
     def tell() -> None:
-        points = []
+        nonlocal notes
+        record = journal.Record()
         with suppress(StorageError):  # a broken journal is told by whoever needs it
-            points = journal.points(folder)
-        for point in points:
+            record = journal.load(folder)
+        for note in record.notes[notes:]:
+            say(f"note: {note}")
+        notes = max(notes, len(record.notes))
+        for point in journal.evaluated(record.metrics):
             if point["step"] not in told:
                 told.add(point["step"])
                 say(

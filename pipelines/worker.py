@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from gru_core import checkpoint, models
+from gru_core import checkpoint, saving
 from gru_core.benchmarks import retain_subset
 from gru_core.config import RunConfig
 from gru_core.errors import NonFiniteError, StorageError
 from gru_core.loop import Hooks, Run
+from gru_core.losses import Rows
 from gru_core.metrics import Baseline, Evaluation, evaluate, trade_off
 from gru_core.objectives import build_objective
-from gru_core.parallel import Group, current_group, unwrap, wrap
+from gru_core.parallel import Group, current_group, unwrap
+from gru_core.placing import frozen, place
 from gru_core.rectify import RULES
-from gru_core.step import Rows
-from pipelines import inputs, settings
+from gru_core.retain import build_retain_loss
+from pipelines import alive, inputs, settings, stopping
 from pipelines.inputs import Shared
 from pipelines.journal import Journal, points
+from pipelines.keeper import Keeper
 from pipelines.launch import Report, silent
+from pipelines.storage import Storage
 
 Result = dict[str, Any]
 
@@ -34,9 +38,10 @@ class Assignment:
 
     Attributes:
         config: resolved; ``model.path`` and ``retain_model`` name folders or hub ids.
-        folder: the run folder, on storage that all workers see.
+        folder: the run folder, on storage that all workers see, or, with ``output.storage``, of each machine.
         shared: inputs, a Ray object reference to them, or None: each worker reads them itself.
         keep_model: write the final model to ``folder/model``.
+        stop_in: a further folder whose stop file counts (the search's, for a trial).
     """
 
     config: RunConfig
@@ -45,6 +50,7 @@ class Assignment:
     name: str = "run"
     tags: dict[str, str] | None = None
     keep_model: bool = True
+    stop_in: Path | None = None
 
 
 def task(assignment: Assignment, group: Group, report: Report) -> Result:
@@ -57,7 +63,7 @@ def task(assignment: Assignment, group: Group, report: Report) -> Result:
     a = assignment
     return work(
         a.config, a.folder, shared=shared, report=report, name=a.name, tags=a.tags or {},
-        keep_model=a.keep_model, group=group,
+        keep_model=a.keep_model, group=group, stop_in=a.stop_in,
     )  # fmt: skip
 
 
@@ -77,6 +83,7 @@ def work(
     tags: dict[str, str] | None = None,
     keep_model: bool = False,
     group: Group | None = None,
+    stop_in: Path | None = None,
 ) -> Result:
     """Run, or resume, one unlearning run; called on every rank.
 
@@ -84,25 +91,40 @@ def work(
 
     Returns:
         ``{"status", "steps", "scores", "points"}``, the same that ``folder/scores.json`` holds. A run that met
-        a non-finite value ends with status ``non_finite`` and an ``error`` that says where.
+        a non-finite value ends with status ``non_finite`` and an ``error`` that says where. One that was asked to
+        stop has status ``stopped``, a checkpoint and no ``scores.json``.
 
     Raises:
-        StorageError: the disk is full; names the last whole checkpoint.
+        StorageError: the disk is full, or shared storage is away; names the last whole checkpoint.
     """
     group = group or current_group()
+    keeper = Keeper(config.output.storage, folder, group)
+    keeper.fetch()
+    folder = keeper.folder
     done, baseline = _found(folder, group)
     if done is not None:
+        keeper.close()
         return done
     shared = shared or inputs.load(config)
     baseline = shared.baseline or baseline
     if baseline is None:
         baseline = inputs.measure_baseline(config, shared, group)
+        trade_off(baseline.start.scores, baseline, config.evaluate)  # nothing to forget is bad input, too
     try:
-        return _Work(config, folder, shared, baseline, report, group).go(name, tags or {}, keep_model)
+        stop = stopping.polled(folder, stop_in, storage=_stop_storage(config, name, stop_in, group))
+        return _Work(config, keeper, shared, baseline, report, group).go(name, tags or {}, keep_model, stop)
     except StorageError as error:
         raise _with_checkpoint(error, folder / "checkpoints") from error
     except OSError as error:
         raise _with_checkpoint(StorageError(f"{folder} cannot be written: {error}"), folder / "checkpoints") from error
+
+
+def _stop_storage(config: RunConfig, name: str, stop_in: Path | None, group: Group) -> Storage | None:
+    """Where rank 0 looks for a request to stop, too: the machines share no folder. A trial looks in its search's."""
+    uri = config.output.storage
+    if uri is None or group.rank:
+        return None
+    return Storage(uri if stop_in is None else uri.replace(f"/trials/{name}", "", 1))
 
 
 def _found(folder: Path, group: Group) -> tuple[Result | None, Baseline | None]:
@@ -124,16 +146,21 @@ class _Work:
     """The hooks of one run, and what they share."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, shared: Shared, baseline: Baseline, report: Report, group: Group
+        self, config: RunConfig, keeper: Keeper, shared: Shared, baseline: Baseline, report: Report, group: Group
     ) -> None:
-        self.config, self.folder, self.shared = inputs.without_secrets(config), folder, shared
+        self.config, self.folder, self.shared = inputs.without_secrets(config), keeper.folder, shared
+        self.keeper = keeper
         self.baseline, self.report, self.group = baseline, report, group
         self.lead = group.rank == 0
         self.scores: dict[str, float] = {}
-        self.model: nn.Module = wrap(shared.model(config.model).to(group.device), group)
+        start = shared.start(config.model)
+        self.model: nn.Module = place(start, config.model, config.train, group)
+        compares = build_retain_loss(config.retain.loss).needs_frozen
+        self.frozen = frozen(self.model, start, config.model, config.train, group) if compares else None
+        alive.follow(unwrap(self.model))
         self.journal: Journal | None = None
 
-    def go(self, name: str, tags: dict[str, str], keep_model: bool) -> Result:
+    def go(self, name: str, tags: dict[str, str], keep_model: bool, stop: Callable[[], bool]) -> Result:
         if self.lead:
             self._open(name, tags)
         self.group.barrier()
@@ -146,14 +173,18 @@ class _Work:
             Rows(shared.forget),
             Rows([shared.retain[i] for i in subset]),
             self.group,
-            Hooks(log=self._log, evaluate=self._evaluate),
+            Hooks(log=self._log, evaluate=self._evaluate, stop=stop, saved=self.keeper.saved),
             self.folder / "checkpoints",
+            self.frozen,
         )
+        self._tell(run)
         try:
             outcome = run()
             status, steps, error = str(outcome.status), outcome.steps, None
         except NonFiniteError as caught:  # the same on every rank: losses are reduced, gradients averaged
             status, steps, error = "non_finite", caught.step - 1, str(caught)
+        if status == "stopped":
+            return self._stopped(steps)
         if error or not self.scores:  # also after a restart behind the last evaluation
             self._evaluate(steps)
         return self._close(status, steps, error, keep_model)
@@ -167,6 +198,21 @@ class _Work:
         self.journal.run(name, {"gru.benchmark": self.shared.benchmark.name} | scored | tags)
         self.journal.params(self._params())
         self.journal.artifact("config.yaml")
+        for line in self.keeper.notes:
+            self.journal.note(line)
+        self.keeper.store("config.yaml", "baseline.json")
+
+    def _tell(self, run: Run) -> None:
+        """Notes what happened before this start, where the run had begun already."""
+        if self.journal is None:
+            return
+        for line in run.damaged:
+            self.journal.note(line)
+        for rank in alive.hung(self.keeper.home):
+            self.journal.note(f"worker {rank} made no progress for {self.config.train.hang_timeout:g} s and was ended")
+        if self.journal.continued:
+            workers = f" with {self.group.size} workers" if self.group.size > 1 else ""
+            self.journal.note(f"started again{workers}, from step {run.start} on")
 
     def _params(self) -> dict[str, Any]:
         """The config, flat, less the settings of ``rectify`` that the chosen rule does not read."""
@@ -177,6 +223,7 @@ class _Work:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.journal:
             self.journal.metrics(step, {f"train/{key}": value for key, value in metrics.items()})
+            self.keeper.tick()
 
     def _measure(self, step: int) -> Evaluation:
         if step == 0:
@@ -199,29 +246,47 @@ class _Work:
             file.write_text(json.dumps(found.to_json() | {"trade_off": ends}))
             self.journal.metrics(step, {f"eval/{key}": value for key, value in self.scores.items()})
             self.journal.artifact(file.relative_to(self.folder))
+            self.keeper.store(file.relative_to(self.folder).as_posix())
         self.report({"step": step, **ends})
+
+    def _stopped(self, steps: int) -> Result:
+        """Leaves the run as one that goes on."""
+        if self.journal:
+            self.journal.status("stopped")
+            self.keeper.store()
+            self.journal.close()
+        self.group.barrier()
+        self.keeper.close()
+        return {"status": "stopped", "steps": steps, "scores": self.scores, "points": []} if self.lead else {}
 
     def _close(self, status: str, steps: int, error: str | None, keep_model: bool) -> Result:
         result: Result = {"status": status, "steps": steps, "scores": self.scores, "points": []}
         if error:
             result["error"] = error
+        if keep_model and not error:
+            self._save_model()
         if self.journal:
-            if keep_model and not error:
-                self._save_model()
             result["points"] = points(self.folder)
             self.journal.tags({"gru.status": status})
             self.journal.status(status)
+            self.keeper.store()
             part = self.folder / ".scores.json"
             part.write_text(json.dumps(result, indent=1))
             part.rename(self.folder / "scores.json")  # its presence is what makes a run finished
             self.journal.artifact("scores.json")
+            self.keeper.store("scores.json")
             self.journal.close()
         self.group.barrier()
+        self.keeper.close()
         return result if self.lead else {}
 
     def _save_model(self) -> None:
-        part, target = self.folder / ".model", self.folder / "model"
-        shutil.rmtree(part, ignore_errors=True)
-        models.save_model(unwrap(self.model), self.shared.tokenizer, part)
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
+        """The model as a folder: whole, or the adapter (and, where asked for, what it is merged into)."""
+        config, tokenizer, target = self.config, self.shared.tokenizer, self.folder / "model"
+        saving.save(self.model, tokenizer, config.model.path, target, self.group)
+        if not self.lead:
+            return
+        self.keeper.store_folder("model")
+        if config.output.merged:
+            saving.save_merged(target, tokenizer, config.model, self.folder / "merged")
+            self.keeper.store_folder("merged")

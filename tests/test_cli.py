@@ -117,6 +117,7 @@ def test_every_example_is_a_command_line_that_parses(name: str, monkeypatch: pyt
         return {"ok": True, "status": "finished"}
 
     monkeypatch.setattr(cli, "_run", work)
+    monkeypatch.setattr("pipelines.console.run", work)
     monkeypatch.setitem(sys.modules, "pipelines.ui", _module(run=work))
     monkeypatch.setattr("pipelines.ui", sys.modules["pipelines.ui"], raising=False)
     with pytest.raises(SystemExit) as ended:

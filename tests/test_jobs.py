@@ -21,7 +21,7 @@ import pytest
 
 from gru_core.errors import InputError
 from pipelines import cluster as clusters
-from pipelines import joblog, jobs, package, request, settings
+from pipelines import joblog, jobs, package, provenance, request, settings
 from tests.job_study import ROOT, contents, expected_code, model_folder, no_cluster_in_environment, study, tiny, told  # noqa: F401
 from tests.ray_head import Head, can_hide, free_port, ray_head, start_head, start_node  # noqa: F401
 
@@ -200,6 +200,11 @@ def test_own_data_goes_along_and_the_run_comes_back(study: Path, ray_head: Head)
     assert found["result"]["steps"] == 1
     again = jobs.submit(tiny("unlearn", "--json", "--resume"), address=ray_head.address, wait=True, say=say)
     assert again["result"]["run_id"] == found["result"]["run_id"]
+    from mlflow import MlflowClient
+
+    tags = MlflowClient(found["tracking_uri"]).get_run(found["result"]["run_id"]).data.tags
+    here = provenance.commit()  # the package that was sent has no .git
+    assert tags.get("gru.commit", "").removesuffix("+changes") == (here or "").removesuffix("+changes")
     assert not list(study.rglob(".gru-*"))
     assert "What is" not in "\n".join(lines)
 

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import pytest
 
 from gru_core.errors import InputError
 from pipelines import cluster as clusters
-from pipelines import joblog, jobs, package, preflight, probe, request, settings
+from pipelines import joblog, jobs, package, preflight, probe, provenance, request, settings
 from tests.job_study import ROOT, contents, expected_code, model_folder, no_cluster_in_environment, study, tiny, told  # noqa: F401
 from tests.ray_head import free_port
 
@@ -156,6 +158,110 @@ def test_a_search_over_model_folders_names_them_by_absolute_paths(study: Path, t
     space["search"]["space"]["model.path"] = [str(study / "small")]
     (remote,) = package.build(settings.from_dict(space), tmp_path).remote
     assert remote.key == "search.space.model.path"
+
+
+def fake_code(root: Path) -> set[str]:
+    """A package with things around and in it that are nobody's business; returns what belongs to the code."""
+    code = {"fakecode/__init__.py", "fakecode/part/one.py", "fakecode/study.yaml", "fakecode/py.typed"}
+    others = {
+        ".git/config", "data/rows.py", "fakecode/.git/hooks.py", "fakecode/.env", "fakecode/__pycache__/one.py",
+        "fakecode/runs/one/config.yaml", "fakecode/runs/one/model.safetensors", "fakecode/mlflow.db",
+        "fakecode/data/rows.jsonl", "fakecode/data/rows.json", "fakecode/weights.pt", "fakecode/token",
+    }  # fmt: skip
+    for name in code | others:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    return code
+
+
+def test_neither_history_nor_data_nor_results_travel_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = fake_code(tmp_path / "tree")
+    monkeypatch.syspath_prepend(tmp_path / "tree")
+    monkeypatch.setattr(package, "CODE", ("fakecode",))
+    sent = tmp_path / "package"
+    sent.mkdir()
+    built = package.build(settings.from_dict({}), sent)
+    assert contents(sent) == code | {"config.yaml", "find_python.sh"}
+    assert built.size < 20_000
+
+
+def test_code_that_is_too_large_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_code(tmp_path / "tree")
+    monkeypatch.syspath_prepend(tmp_path / "tree")
+    monkeypatch.setattr(package, "CODE", ("fakecode",))
+    with (tmp_path / "tree" / "fakecode" / "large.py").open("wb") as file:
+        file.truncate(package.LIMIT)
+    sent = tmp_path / "package"
+    sent.mkdir()
+    with pytest.raises(InputError) as error:
+        package.build(settings.from_dict({}), sent)
+    assert str(error.value) == "the code here has 50.0 MiB, a job takes 50 MiB at most"
+
+
+def test_an_input_that_is_too_large_to_be_sent_is_one_line(study: Path, tmp_path: Path) -> None:
+    """A large file is not sent; where the cluster lacks it, the refusal says so with both sizes."""
+    with (study / "forget rows.jsonl").open("ab") as file:
+        file.truncate(package.LIMIT + 2**20)
+    sent = tmp_path / "package"
+    sent.mkdir()
+    built = package.build(request.parse(tiny()).config, sent)
+    (large,) = built.remote
+    assert large.key == "benchmark.forget"
+    assert sum(path.stat().st_size for path in sent.rglob("*") if path.is_file()) < package.LIMIT / 10
+    report = good_report(here=good_node(inputs={"benchmark.forget": "is not there"}))
+    with pytest.raises(InputError) as error:
+        preflight.judge(report, PLAN, [large], MARKS)
+    expected = (
+        "is not there on the cluster's head and is too large to be sent (51 MiB, limit 50 MiB); put it on storage"
+    )
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_job_knows_the_commit_of_the_code_that_it_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes: the client in a git checkout, the job in the package that it sent."""
+    checkout, sent = tmp_path / "checkout", tmp_path / "package"
+    shutil.copytree(ROOT / "pipelines", checkout / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "gru_core", checkout / "gru_core", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(checkout), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    shutil.copytree(checkout, sent, ignore=shutil.ignore_patterns(".git"))
+    ask = "import json; from pipelines import provenance; print(json.dumps([provenance.carried(), provenance.tags()]))"
+    kept = {name: value for name, value in os.environ.items() if name not in ("GRU_COMMIT", "PYTHONPATH")}
+
+    def told_in(folder: Path, **variables: str) -> tuple[dict[str, str], str | None]:
+        line = [sys.executable, "-c", ask]
+        done = subprocess.run(line, cwd=folder, env=kept | variables, capture_output=True, text=True, check=True)
+        carried, tags = json.loads(done.stdout)
+        return carried, tags.get("gru.commit")
+
+    carried, tag = told_in(checkout)
+    assert (carried, tag) == ({"GRU_COMMIT": head}, head)
+    assert told_in(sent) == ({}, None)
+    assert told_in(sent, **carried)[1] == head
+    assert told_in(sent, GRU_COMMIT="my password")[1] is None
+    assert told_in(checkout, GRU_COMMIT="0" * 40)[1] == head  # what git says counts
+    (checkout / "pipelines" / "__init__.py").write_text('"""Changed."""\n')
+    changed = told_in(checkout)[0]
+    assert changed == {"GRU_COMMIT": f"{head}+changes"}
+    assert told_in(sent, **changed)[1] == f"{head}+changes"
+
+
+def test_the_commit_is_among_the_variables_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "commit", lambda: "abcdef1")
+    sent: dict[str, Any] = {}
+
+    class Client:
+        def submit_job(self, **words: Any) -> str:
+            sent.update(words)
+            return "job"
+
+    cluster: Any = clusters.Cluster("http://h:1", Client())  # type: ignore[arg-type]
+    assert jobs.start(cluster, "true", tmp_path, {}, name="test") == "job"
+    assert sent["runtime_env"]["env_vars"] == {**jobs.ENVIRONMENT, "GRU_COMMIT": "abcdef1"}
 
 
 # ------------------------------------------------------------------------------------ what the cluster says

@@ -22,6 +22,7 @@ from gru_core.parallel import Group
 from pipelines import capacity, cli, exits, inputs, launch, ray_start, worker
 
 ONE = TrainConfig(workers=1, gpus_per_worker=0)
+SETTINGS = {"threads": 1, "gpus": 0, "folder": Path("unused"), "hang_timeout": 600.0}
 
 
 def cause_of(task: Any, payload: Any = None, train: TrainConfig = ONE, gpus: float = 0.0) -> Any:
@@ -86,7 +87,7 @@ def refuse(payload: Any, group: Group, report: Any) -> None:
 
 
 def test_bad_input_on_a_worker_comes_back_as_a_value_and_is_raised_here(trainer: Any) -> None:
-    value = launch._on_worker({"task": refuse, "payload": 3, "threads": 1, "gpus": 0})
+    value = launch._on_worker({**SETTINGS, "task": refuse, "payload": 3})
     trainer.fit = lambda self: SimpleNamespace(return_value=value)
     with pytest.raises(ConfigError, match=r"train\.seed: got 3"):
         cause_of(None)
@@ -104,7 +105,7 @@ def _refusing(rank: int, store: str, out: str, who: int) -> None:
         return "good"
 
     try:
-        found = launch._on_worker({"task": task, "payload": None, "threads": 1, "gpus": 0})
+        found = launch._on_worker({**SETTINGS, "task": task, "payload": None})
     except InputError:
         found = "raised"
     Path(f"{out}-{rank}").write_text(type(found).__name__ if isinstance(found, launch._Refused) else found)
@@ -188,7 +189,7 @@ def test_ray_does_not_take_sigterm_away(handlers: None, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_start, "_private_token", lambda: None)
+    monkeypatch.setattr(ray_start, "_token", lambda address, say: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ray_start.SWITCHES:  # start sets them: gone again afterwards
         monkeypatch.setenv(name, ray_start.SWITCHES[name])

@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 def test_the_readme_names_every_command() -> None:
     named = {shlex.split(c)[1] for c in commands()}
-    assert named == {"doctor", "demo", "unlearn", "search", "frontier", "ui", "submit"}
+    assert named == {"doctor", "demo", "plan", "unlearn", "export", "search", "frontier", "ui", "submit"}
     assert "make demo" in README.read_text().split("```sh")[1].splitlines()[1]
     assert "make test" in README.read_text().split("```sh")[1].splitlines()[2]
 
@@ -88,6 +88,8 @@ def test_the_commands_run_in_order(
         elif command.startswith(("gru unlearn", "gru search")):
             assert any("cached in" in line for line in said.lines), "the models of the demo are used again"
     assert (folder / "runs" / "one" / "model" / "model.safetensors").exists()
+    assert (folder / "models" / "one" / "model.safetensors").exists()
+    assert (folder / "runs" / "two" / "model" / "adapter_model.safetensors").exists()
     assert (folder / "runs" / "job" / "frontier.png").exists()
 
 

@@ -1,0 +1,179 @@
+"""Workers that die or hang, at chosen moments, on a running Ray: the result is that of the undisturbed run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gru_core import checkpoint
+from gru_core.errors import StorageError
+from pipelines import journal, settings, unlearn
+from tests import faults
+from tests.faults import Fault
+from tests.study import Study
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+        object_store_memory=120_000_000,
+    )  # fmt: skip
+    ray.cloudpickle.register_pickle_by_value(faults)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def calm(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run on two workers."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2"), say=lambda line: None)
+    return folder
+
+
+def shaken(
+    monkeypatch: pytest.MonkeyPatch, study: Study, folder: Path, plan: list[Fault], *given: str
+) -> tuple[list[str], dict[str, Any]]:
+    """A run with faults; what was said, and its result."""
+    marks = folder.parent / "marks"
+    said: list[str] = []
+    monkeypatch.setattr(unlearn.worker, "task", faults.planned(plan, marks))
+    result = unlearn.run(study.load(folder, *faults.STEPS, *given), say=said.append)
+    assert faults.struck(marks) == {fault.name for fault in plan}, "a fault did not strike"
+    return said, result
+
+
+def test_killed_in_a_step_and_in_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
+) -> None:
+    """Two in a row: one rank in step 6, the writing one in the checkpoint after step 8."""
+    folder = tmp_path / "run"
+    plan = [Fault("step", 6, rank=1), Fault("checkpoint", 8)]
+    said, _ = shaken(monkeypatch, study, folder, plan, "train.workers=2", "train.max_failures=2")
+    assert faults.same_weights(calm, folder)
+    faults.each_once(folder, 12, [0, 6, 12])
+    faults.tracked_once(folder, 12, faults.store_of(study))
+    assert [line for line in said if "started again" in line] == [
+        "note: started again with 2 workers, from step 4 on"
+    ] * 2
+    assert max(faults.executed(tmp_path / "marks").values()) <= 3 * 2, "each start repeats one interval at most"
+
+
+def test_killed_in_an_evaluation_then_hangs_in_a_loop(
+    monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    plan = [Fault("evaluation", 6, rank=1), Fault("step", 10, rank=1, how="loop")]
+    said, _ = shaken(
+        monkeypatch, study, folder, plan, "train.workers=2", "train.max_failures=2", "train.hang_timeout=6"
+    )
+    assert faults.same_weights(calm, folder)
+    faults.each_once(folder, 12, [0, 6, 12])
+    assert any("made no progress for 6 s" in line for line in said)
+    assert journal.load(folder).notes[-1] == "started again with 2 workers, from step 8 on"
+
+
+def test_a_frozen_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path) -> None:
+    """SIGSTOP: it cannot watch itself; the one that waits for it does."""
+    folder = tmp_path / "run"
+    plan = [Fault("step", 7, rank=0, how="freeze")]
+    shaken(monkeypatch, study, folder, plan, "train.workers=2", "train.hang_timeout=6")
+    assert faults.same_weights(calm, folder)
+    faults.each_once(folder, 12, [0, 6, 12])
+
+
+def test_a_frozen_worker_that_is_alone_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, study: Study, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    unlearn.run(study.load(alone, *faults.STEPS), say=lambda line: None)
+    folder = tmp_path / "shaken" / "run"
+    plan = [Fault("step", 7, how="freeze")]
+    shaken(monkeypatch, study, folder, plan, "train.workers=1", "train.hang_timeout=6")
+    assert faults.same_weights(alone, folder)
+    faults.each_once(folder, 12, [0, 6, 12])
+
+
+def test_a_full_disk_is_not_tried_again_and_resumes_and_a_full_object_store_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
+) -> None:
+    """The disk is full in the checkpoint after step 8: one start, one error; then there is room again. All the while
+    the object store is full of what somebody else keeps there."""
+    import numpy as np
+    import ray
+
+    kept = [ray.put(np.ones(7_000_000)) for _ in range(3)]  # 56 MB each
+    folder = tmp_path / "run"
+    plan = [Fault("checkpoint", 8, how="full")]
+    given = ("train.workers=2", "train.max_failures=3")
+    with pytest.raises(StorageError, match=r"No space left.*last whole checkpoint is .*step-00000004"):
+        shaken(monkeypatch, study, folder, plan, *given)
+    assert set(faults.executed(tmp_path / "marks").values()) == {2}, "each step once on each rank: no restart"
+    assert journal.load(folder).status == "failed"
+    monkeypatch.undo()
+    unlearn.run(study.load(folder, *faults.STEPS, *given), resume=True, say=lambda line: None)
+    assert faults.same_weights(calm, folder)
+    faults.each_once(folder, 12, [0, 6, 12])
+    faults.tracked_once(folder, 12, faults.store_of(study))
+    assert all(ray.get(each).sum() == 7_000_000 for each in kept)
+
+
+def test_the_number_of_workers_changes_between_stop_and_resume(
+    monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
+) -> None:
+    """2 -> 1 -> 2, each stopped by a request in the folder, noticed on one rank."""
+    folder = tmp_path / "run"
+    for workers, step, rank in ((2, 3, 1), (1, 7, 0)):
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+            shaken_once(patch, study, folder, Fault("step", step, rank, "ask"), f"train.workers={workers}")
+        assert journal.load(folder).status == "stopped"
+    unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2"), resume=True, say=lambda line: None)
+    start = Path(settings.load(str(folder / "config.yaml")).model.path)
+    assert 0 < faults.distance(folder, calm, start) < 1e-4
+    faults.each_once(folder, 12, [0, 6, 12])
+    faults.tracked_once(folder, 12, faults.store_of(study))
+    notes = journal.load(folder).notes
+    assert [note.rpartition(" on")[0] for note in notes] == [
+        "started again, from step 4",
+        "started again with 2 workers, from step 8",
+    ]
+
+
+def shaken_once(
+    monkeypatch: pytest.MonkeyPatch, study: Study, folder: Path, fault: Fault, *given: str
+) -> dict[str, Any]:
+    monkeypatch.setattr(unlearn.worker, "task", faults.planned([fault], folder.parent / "marks"))
+    return unlearn.run(study.load(folder, *faults.STEPS, *given), resume=folder.exists(), say=lambda line: None)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_driver_with_workers_is_ended_and_resumed(study: Study, calm: Path, tmp_path: Path, how: int) -> None:
+    """SIGTERM: a checkpoint at the step at hand, exit code 130. SIGKILL: the last one stands."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["unlearn", "-c", str(study.config), "--output", str(folder), "--set", "train.workers=2"]
+    arguments += [word for each in faults.STEPS for word in ("--set", each)]
+    process = faults.driver(arguments, study, log, faults.slowly(12))
+    faults.wait(lambda: faults.reached(folder, 5), process)
+    process.send_signal(how)
+    code = process.wait(60)
+    last = checkpoint.latest(folder / "checkpoints")
+    assert last is not None
+    if how == signal.SIGTERM:
+        text = log.read_text()
+        assert code == 130, text
+        assert f"stopped at step {last.step} of 12; --resume goes on" in text
+        assert 5 <= last.step <= 11
+        assert max(journal.load(folder).metrics) == last.step
+    unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2"), resume=True, say=lambda line: None)
+    assert faults.same_weights(calm, folder)
+    faults.each_once(folder, 12, [0, 6, 12])
+    faults.tracked_once(folder, 12, faults.store_of(study))

@@ -1,0 +1,28 @@
+"""Measured against predicted: resident memory of real steps, each in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import memory
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gru", "gru, 4 micro-batches", "none", "kl", "checkpointing", "bfloat16", "lora", "fsdp, 2 workers"],
+)
+def test_the_plan_is_within_a_tenth_of_what_was_measured(name: str) -> None:
+    (found,) = memory.compare([name], "cpu")
+    assert abs(found["error"]) < 0.1, found
+
+
+def test_the_prediction_tells_cases_apart() -> None:
+    """A tenth is less than what the cases differ by: the test above can fail."""
+    totals = {name: memory.predict(case).total for name, case in memory.CASES.items()}
+    for less, more in (
+        ("gru, 4 micro-batches", "gru"), ("none", "gru"), ("gru", "kl"), ("checkpointing", "gru"),
+        ("lora", "gru"), ("pure_bfloat16", "bfloat16"), ("fsdp, 2 workers", "ddp, 2 workers"),
+    ):  # fmt: skip
+        assert 1.1 * totals[less] < totals[more], (less, more)
