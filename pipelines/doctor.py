@@ -17,8 +17,9 @@ from gru_core.errors import InputError
 
 PACKAGE = "gru-unlearning"
 LIBRARIES = (
-    "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets", "ray", "mlflow", "optuna", "moocore",
-    "scipy", "rouge-score", "typer", "rich", "pydantic", "pyyaml", "plotly", "matplotlib", "pandas",
+    "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets", "peft", "ray", "mlflow", "optuna",
+    "moocore", "pyarrow", "scipy", "rouge-score", "typer", "rich", "pydantic", "pyyaml", "plotly", "matplotlib",
+    "pandas",
 )  # fmt: skip
 """What a full installation has; checked by name where the package's own metadata is not installed."""
 GIB = 2**30

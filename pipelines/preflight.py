@@ -33,7 +33,7 @@ MINIMUM = {"torch": "2.11", "transformers": "5", "ray": "2.54", "mlflow": "3.10"
 MODULES = {
     name: name
     for name in (
-        "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets", "ray", "mlflow", "optuna",
+        "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets", "peft", "ray", "mlflow", "optuna",
         "moocore", "scipy", "typer", "rich", "pydantic", "plotly", "matplotlib", "pandas", "pyarrow",
     )
 } | {"rouge_score": "rouge-score", "yaml": "pyyaml"}  # fmt: skip

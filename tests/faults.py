@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from gru_core.parallel import unwrap
-from pipelines import journal, stopping, worker
+from pipelines import journal, ray_start, stopping, worker
 from pipelines.tracking import KEY
 from tests.study import Study, final_weights
 
@@ -210,6 +211,12 @@ def store_of(study: Study) -> str:
 
 
 # ------------------------------------------------------------------------------------------- processes
+
+
+def switches(patch: pytest.MonkeyPatch) -> None:
+    """Ray's processes get the environment that they have where we start them."""
+    for name, value in ray_start.SWITCHES.items():
+        patch.setenv(name, value)
 
 
 def driver(

@@ -2,66 +2,64 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines import journal, settings, unlearn
 from tests import faults
+from tests.ray_head import Head, start_node
 from tests.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def nodes() -> Iterator[tuple[str, list[Any], ExitStack]]:
+    """The address of the cluster, its nodes with CPUs, and where further ones are ended."""
     import ray
     from ray.cluster_utils import Cluster
 
     small: Any = {"object_store_memory": 80_000_000}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        faults.switches(patch)
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_health_check_period_ms", "500")  # a lost node is noticed in seconds
-        patch.setenv("RAY_health_check_failure_threshold", "4")
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
-        found.add_node(num_cpus=1, **small)
-        found.add_node(num_cpus=1, **small)
-        ray.init(address=found.address, log_to_driver=False, configure_logging=False)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+        stack.callback(cluster.shutdown)
+        found = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        stack.callback(ray.shutdown)
         ray.cloudpickle.register_pickle_by_value(faults)
-        yield found
-        ray.shutdown()
-        found.shutdown()
+        yield cluster.address, found, stack
 
 
 class Loss(threading.Thread):
-    """Takes the node of a worker away once the run has reached a step; puts another in its place where asked to."""
+    """Takes a machine away once the run has reached a step; puts another in its place where asked to."""
 
-    def __init__(self, cluster: Any, folder: Path, step: int, replace: bool) -> None:
+    def __init__(self, nodes: list[Any], address: str, folder: Path, replace: bool, stack: ExitStack) -> None:
         super().__init__(daemon=True)
-        self.cluster, self.folder, self.step, self.replace = cluster, folder, step, replace
+        self.nodes, self.address, self.folder, self.replace, self.stack = nodes, address, folder, replace, stack
         self.done = False
 
     def run(self) -> None:
-        faults.wait(lambda: faults.reached(self.folder, self.step))
-        node = next(iter(self.cluster.worker_nodes))
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        self.cluster.worker_nodes.remove(node)
+        faults.wait(lambda: faults.reached(self.folder, 6))
+        raylet = psutil.Process(self.nodes.pop().all_processes["raylet"][0].process.pid)
+        for process in (raylet, *raylet.children(recursive=True)):
+            process.kill()
         if self.replace:
             time.sleep(3)  # the run has to wait
-            self.cluster.add_node(wait=False, num_cpus=1, object_store_memory=80_000_000)
+            self.stack.enter_context(start_node(Head("", self.address, {})))
         self.done = True
 
 
-def lose_a_node(
-    patch: pytest.MonkeyPatch, study: Study, cluster: Any, folder: Path, replace: bool, *given: str
-) -> None:
-    loss = Loss(cluster, folder, 6, replace)
+def lose_a_node(patch: pytest.MonkeyPatch, study: Study, loss: Loss, *given: str) -> None:
+    folder = loss.folder
     loss.start()
     patch.setattr(unlearn.worker, "task", faults.planned(faults.slowly(12), folder.parent / "marks"))
     unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2", *given), say=lambda line: None)
@@ -71,20 +69,20 @@ def lose_a_node(
 
 
 def test_a_lost_node_is_waited_for_or_done_without(
-    monkeypatch: pytest.MonkeyPatch, study: Study, cluster: Any, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, study: Study, nodes: tuple[str, list[Any], ExitStack], tmp_path: Path
 ) -> None:
     """First a replacement comes: bit for bit the undisturbed run. Then none does, and one worker goes on alone."""
-    assert "RAY_ADDRESS" not in os.environ
+    address, mine, stack = nodes
     calm = tmp_path / "calm"
     unlearn.run(study.load(calm, *faults.STEPS, "train.workers=2"), say=lambda line: None)
 
     waited = tmp_path / "waited" / "run"
-    lose_a_node(monkeypatch, study, cluster, waited, True)
+    lose_a_node(monkeypatch, study, Loss(mine, address, waited, True, stack))
     assert faults.same_weights(calm, waited)
     assert journal.load(waited).notes == ("started again with 2 workers, from step 4 on",)
 
     alone = tmp_path / "alone" / "run"
-    lose_a_node(monkeypatch, study, cluster, alone, False, "train.min_workers=1")
+    lose_a_node(monkeypatch, study, Loss(mine, address, alone, False, stack), "train.min_workers=1")
     start = Path(settings.load(str(alone / "config.yaml")).model.path)
     assert 0 < faults.distance(alone, calm, start) < 1e-4
     assert journal.load(alone).notes[-1].startswith("started again, from step ")

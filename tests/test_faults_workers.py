@@ -23,13 +23,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 def _ray() -> Iterator[None]:
     import ray
 
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
-        object_store_memory=120_000_000,
-    )  # fmt: skip
-    ray.cloudpickle.register_pickle_by_value(faults)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        faults.switches(patch)
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+            object_store_memory=120_000_000,
+        )  # fmt: skip
+        ray.cloudpickle.register_pickle_by_value(faults)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -296,9 +296,9 @@ def test_forget_quality_alone_is_a_baseline(monkeypatch: pytest.MonkeyPatch) -> 
         return SimpleNamespace(measurements={})
 
     monkeypatch.setattr(inputs, "evaluate", evaluate)
-    monkeypatch.setattr(inputs.models, "load_model", lambda *args: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(inputs, "place_frozen", lambda *args: torch.nn.Linear(1, 1))
     monkeypatch.setattr(inputs.models, "load_tokenizer", lambda *args: None)
-    shared: Any = SimpleNamespace(model=lambda config: torch.nn.Linear(1, 1), tokenizer=None, benchmark=None)
+    shared: Any = SimpleNamespace(start=lambda config: None, tokenizer=None, benchmark=None)
     for metrics, expected in (
         (("forget_quality",), ("forget_truth_ratio",)),
         (("forget_truth_ratio", "rouge", "forget_quality"), ("forget_truth_ratio", "rouge")),

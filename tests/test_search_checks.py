@@ -11,7 +11,7 @@ import pytest
 
 from gru_core.config import RunConfig
 from gru_core.errors import InputError
-from pipelines import journal, search, search_checks, settings, trial
+from pipelines import journal, mirror, search, search_checks, settings, trial
 from pipelines.ledger import Ledger
 from tests.study import WORDS, write_rows
 
@@ -157,7 +157,7 @@ def test_a_full_disk_does_not_hide_what_a_trial_died_of(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert trial._note(tmp_path, RuntimeError("the cause")) == "RuntimeError: the cause"
+    assert trial._note(tmp_path, RuntimeError("the cause"), None) == "RuntimeError: the cause"
 
 
 def test_only_trials_that_seem_to_run_are_marked_as_stopped(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_only_trials_that_seem_to_run_are_marked_as_stopped(tmp_path: Path) -> N
             if goes_on:
                 record.metrics(2, {"train/loss": 1.0})
     ledger.ask("a-004", "a", {})  # asked for, and not begun
-    search._mark_stopped(tmp_path, ledger)
+    search._mark_stopped(mirror.Mirror(None, tmp_path, say=print), ledger)
     ended = {name: journal.load(tmp_path / "trials" / name).status for name in lines}
     assert ended == {"a-000": "finished", "a-001": "failed", "a-002": "stopped", "a-003": "stopped"}
     assert not (tmp_path / "trials" / "a-004").exists()

@@ -258,7 +258,7 @@ def test_credentials_of_the_store_are_written_nowhere(
             used.append(uri)
             super().__init__(f"sqlite:///{store}", *rest, **more)
 
-    monkeypatch.setattr(unlearn.tracking, "check", used.append)
+    monkeypatch.setattr(unlearn.tracking, "check", lambda uri, say: used.append(uri))
     monkeypatch.setattr(unlearn, "Courier", Local)
     said: list[str] = []
     result = unlearn.run(study.load(tmp_path / "run", f"track.uri={given}"), say=said.append)
