@@ -111,11 +111,15 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    modes = [(m, m.training) for m in model.modules()]
     for layer in layers:
         layer.set_scale(_NAME, 0.0)
+    model.eval()  # the starting model has no dropout, whatever the trained one has
     try:
         yield model
     finally:
+        for module, mode in modes:
+            module.training = mode
         for layer in layers:
             layer.set_scale(_NAME, 1.0)
 

@@ -17,6 +17,7 @@ the checkpoint before it is used. What is in the files: :mod:`gru_core.checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -81,6 +82,9 @@ def _examine(folder: Path, verify: bool) -> tuple[Checkpoint | None, str]:
         found = Checkpoint(folder, int(state["step"]), state)
     except (OSError, ValueError, KeyError, TypeError):
         return None, f"{_STATE} cannot be read"
+    there = {file.name for file in folder.glob("*.safetensors")}
+    if there - files.keys():  # it would be loaded, and nobody vouches for it
+        return None, f"{min(there - files.keys())} does not belong to it"
     for name, known in files.items():
         fault = _fault(folder / name, name, known, verify)
         if fault:
@@ -134,50 +138,68 @@ def save(
         StorageError: the disk is full or gone, on every rank; names the last whole checkpoint, which is left alone.
     """
     group = group or Group()
-    target, part = folder / f"step-{step:08d}", folder / f".part-{step:08d}"
     held = tensors.Held(model, optimizer, momentum)
     numbers = {"optimizer": held.optimizer_summary(), "sharded": is_sharded(model), "ranks": group.size}
+    writing = _Writing(folder, step, group)
+    try:
+        _together(writing.clear, group)
+        parts = _together(lambda: writing.write(held, reference), group)
+        files = {name: facts for part in parts for name, facts in part.items()}
+        _together(lambda: writing.finish(state | numbers | {"step": step, "files": files}), group)
+        _together(writing.follow, group)
+    except StorageError as error:
+        shutil.rmtree(writing.part, ignore_errors=True)
+        last = latest(folder, verify=False)
+        kept = f"the last whole checkpoint is {last.folder}" if last else "there is no earlier checkpoint"
+        raise StorageError(f"cannot write checkpoint {writing.target}: {error}; {kept}") from error
+    if group.rank == 0 or not (writing.target / _STATE).exists():
+        for old in sorted(folder.glob("step-*"))[:-_KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+    return writing.target
 
-    def clear() -> None:
-        if group.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
 
-    def write() -> dict[str, dict[str, int]]:
-        part.mkdir(parents=True, exist_ok=True)  # another machine may see another folder
-        before = set(part.iterdir()) if is_sharded(model) else set()
-        tensors.write(part, held, reference, group)
-        mine = [f for f in sorted(part.iterdir()) if _written_by(f.name, group) and f not in before]
+class _Writing:
+    """The stages of one checkpoint on one rank; no rank begins a stage before all have ended the one before.
+
+    Machines may share the folder, or each have one of its own, which then holds its ranks' files alone.
+    """
+
+    def __init__(self, folder: Path, step: int, group: Group) -> None:
+        self.folder, self.group = folder, group
+        self.target, self.part = folder / f"step-{step:08d}", folder / f".part-{step:08d}"
+
+    def clear(self) -> None:
+        if self.group.rank == 0:
+            shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True, exist_ok=True)
+
+    def write(self, held: tensors.Held, reference: torch.Tensor | None) -> dict[str, dict[str, int]]:
+        """This rank's files; gives size and checksum of each."""
+        self.part.mkdir(parents=True, exist_ok=True)  # rank 0 may have cleared it last
+        for stale in self.part.iterdir():
+            if _written_by(stale.name, self.group):
+                stale.unlink()
+        tensors.write(self.part, held, reference, self.group)
+        mine = [f for f in sorted(self.part.iterdir()) if _written_by(f.name, self.group)]
         for file in mine:
             _sync(file)
         return {f.name: {"size": f.stat().st_size, "crc32": _checksum(f)} for f in mine}
 
-    def finish() -> None:
-        if group.rank == 0:
-            whole = state | numbers | {"step": step, "files": files}
-            (part / _STATE).write_text(json.dumps(whole | {"checksum": _state_checksum(whole)}))
-            _sync(part / _STATE)
-            shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
-            _sync(folder)
+    def finish(self, state: dict[str, Any]) -> None:
+        """Rank 0 makes the checkpoint whole."""
+        if self.group.rank == 0:
+            (self.part / _STATE).write_text(json.dumps(state | {"checksum": _state_checksum(state)}))
+            _sync(self.part / _STATE)
+            shutil.rmtree(self.target, ignore_errors=True)
+            self.part.rename(self.target)
+            _sync(self.folder)
 
-    files: dict[str, dict[str, int]] = {}
-    try:
-        _together(clear, group)
-        for written in _together(write, group):
-            files |= written
-        _together(finish, group)
-    except StorageError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        last = latest(folder, verify=False)
-        kept = f"the last whole checkpoint is {last.folder}" if last else "there is no earlier checkpoint"
-        raise StorageError(f"cannot write checkpoint {target}: {error}; {kept}") from error
-    if part.exists():  # this rank's own copy of the folder, where machines share none
-        part.rename(target)
-    if group.rank == 0 or not (target / _STATE).exists():
-        for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
-    return target
+    def follow(self) -> None:
+        """The same for a folder that rank 0 does not see."""
+        if self.part.exists():
+            shutil.rmtree(self.target, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another rank of this machine was faster
+                self.part.rename(self.target)
 
 
 def _written_by(name: str, group: Group) -> bool:

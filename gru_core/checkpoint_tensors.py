@@ -43,8 +43,9 @@ class Held:
         """Parameters (tied ones once) and persistent buffers; of a model with adapters, these alone."""
         if adapters.has(self.model):
             return {n: p.detach() for n, p in self.trained.items()}
-        kept = self.model.state_dict().keys()
-        named = dict(self.model.named_parameters()) | {n: b for n, b in self.model.named_buffers() if n in kept}
+        from gru_core.sharding import kept_buffers
+
+        named = dict(self.model.named_parameters()) | dict(kept_buffers(self.model))
         return {n: t.detach() for n, t in named.items()}
 
     def moments(self) -> dict[str, torch.Tensor]:
@@ -87,6 +88,8 @@ def write(folder: Path, held: Held, reference: torch.Tensor | None, group: Group
         _write_replicated(folder, held)
     if group.rank == 0:
         held.model.config.save_pretrained(folder)
+        if getattr(held.model, "generation_config", None) is not None:
+            held.model.generation_config.save_pretrained(folder)
         save_file(_rng_tensors(), folder / "rng.safetensors")
         if reference is not None:
             save_file({"nll": reference}, folder / "reference.safetensors")
@@ -96,7 +99,7 @@ def _first(error: Any) -> str:
     """The first rank's reason for a failure of ``torch.distributed.checkpoint``, without the traceback."""
     inner = next(iter(error.failures.values()), None) if getattr(error, "failures", None) else None
     cause = inner[0] if isinstance(inner, tuple) else inner
-    return str(cause or type(error).__name__).splitlines()[0]
+    return (str(cause or error) or type(error).__name__).splitlines()[0]
 
 
 def _write_replicated(folder: Path, held: Held) -> None:
@@ -163,7 +166,7 @@ def fill(folder: Path, targets: dict[str, torch.Tensor], group: Group | None) ->
                 dict(targets), storage_reader=reader, no_dist=alone,
                 process_group=group.process_group if group and not alone else None,
             )  # fmt: skip
-        except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
+        except (dcp.api.CheckpointException, ValueError) as error:
             raise StorageError(f"checkpoint {folder} belongs to another model: {_first(error)}") from error
         return
     from gru_core.sharding import own_rows

@@ -17,8 +17,7 @@ from gru_core.size import Saved, Shape
 Strategy = Literal["ddp", "fsdp"]
 
 SCALARS = 6 * 8
-"""Bytes of the all-reduce that a sharded step's losses, Gram matrix and stop flag take: six
-float64 (three under DDP, where every rank has the Gram matrix)."""
+"""Bytes of the all-reduce that a step's losses, Gram matrix and stop flag take: six float64."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from gru_core import checkpoint
 from gru_core.config import RunConfig
+from gru_core.errors import StorageError
 from gru_core.losses import Frozen, Losses, Rows, reference_losses
 from gru_core.models import set_dropout
 from gru_core.objectives import Objective
@@ -90,7 +91,12 @@ class Run:
             return None
         mine = checkpoint.latest(self.folder, self.damaged) if self.group.rank == 0 else None
         name = self.group.gather(mine.folder.name if mine else None)[0]
-        return checkpoint.read(self.folder / name, verify=False) if name else None
+        if name is None:
+            return None
+        found = checkpoint.read(self.folder / name, verify=False)
+        if not all(self.group.gather(found is not None)):  # else this rank would begin at 0, and the others go on
+            raise StorageError(f"checkpoint {self.folder / name} is not seen whole by every worker: do they share it?")
+        return found
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         step = self.step

@@ -103,7 +103,10 @@ class Losses:
     def _frozen_logits(self, batch: TokenBatch) -> torch.Tensor:
         assert self.frozen is not None, "this retain loss needs the starting model"
         with torch.no_grad(), self.frozen() as model:
-            return self._logits(model, batch)
+            logits = self._logits(model, batch)
+            if model is not unwrap(self.model):  # a copy gives its whole weights back; the trained model needs its own
+                reshard(model)
+            return logits
 
     def accumulate(
         self,

@@ -169,7 +169,11 @@ def local_folder(path: str, what: str = "model.path") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(
+            snapshot_download(
+                path, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt"], ignore_patterns=["*/*"]
+            )
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"{what}: cannot load {path!r} from the hub: {_first_line(error)}") from error
 

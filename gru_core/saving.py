@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,15 @@ def save(model: nn.Module, tokenizer: Any, base: str, folder: Path, group: Group
 
 
 def save_merged(adapter: Path, tokenizer: Any, config: ModelConfig, folder: Path) -> None:
-    """The starting model with the adapter in ``adapter`` added to its weights, as a folder of its own.
+    """The starting model with the adapter in ``adapter`` added to its weights, in float32, as a folder of its own.
 
     Raises:
         InputError: the starting model cannot be read.
     """
     part = folder.with_name(f".{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
-    models.save_model(adapters.merged(models.load_model(config.path, config), adapter), tokenizer, part)
+    precise = replace(config, lora=None, dtype="float32")  # bf16 would round most of a small adapter away
+    models.save_model(adapters.merged(models.load_model(config.path, precise), adapter), tokenizer, part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -73,15 +75,14 @@ def restore(checkpoint: Checkpoint, config: ModelConfig) -> Any:
         settings = models.load_settings(str(checkpoint.folder), "checkpoint")
         with torch.random.fork_rng():
             model = AutoModelForCausalLM.from_config(settings, dtype=models.weight_dtype(config))
-        _generation(model, config.path)
+        _generation(model, checkpoint.folder)
     checkpoint_tensors.fill(checkpoint.folder, checkpoint_tensors.Held(model, None, None).weights(), None)
     return model
 
 
-def _generation(model: Any, path: str) -> None:
-    """The end-of-turn tokens of the starting model, where it is at hand: a checkpoint does not hold them."""
+def _generation(model: Any, folder: Path) -> None:
+    """The generation settings in ``folder``, such as tokens that end a turn, where there are any."""
     from transformers import GenerationConfig
 
-    file = Path(path).expanduser() / "generation_config.json"
-    if file.is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(file.parent))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))

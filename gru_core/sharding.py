@@ -6,7 +6,6 @@ safetensors files the rows of every tensor that are its own, and never holds ano
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -22,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from gru_core import adapters, models
 from gru_core.config import ModelConfig, TrainConfig
-from gru_core.errors import InputError
 from gru_core.parallel import Group, local
+from gru_core.weight_files import WeightFiles
 
 
 def shard(model: nn.Module, model_config: ModelConfig, train: TrainConfig, group: Group) -> None:
@@ -59,6 +57,7 @@ def load(
     """
     folder = models.local_folder(path, what)
     model = _empty(folder, model_config, what)
+    files = WeightFiles(folder, model, f"{what}: {path!r}")
     if model_config.lora is not None:
         adapters.add(model, model_config.lora)
     if train.activation_checkpointing:
@@ -66,8 +65,7 @@ def load(
     shard(model, model_config, train, group)
     host = torch.device("cpu")
     _materialise(model, host if train.cpu_offload else group.device, group.device)
-    with _files(folder) as files:
-        _fill(model, files, seed, group, f"{what}: {path!r}")
+    _fill(model, files, seed, group)
     return model
 
 
@@ -116,43 +114,27 @@ def _materialise(model: nn.Module, home: torch.device, device: torch.device) -> 
                 module._buffers[name] = buffer.to(device)
 
 
-Files = dict[str, Any]
-
-
-@contextmanager
-def _files(folder: Path) -> Iterator[Files]:
-    """Tensor name to the open file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"{index} names files outside of its folder")
-    opened = [safe_open(folder / name, framework="pt") for name in names]
-    yield {key: file for file in opened for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
-
-
 @torch.no_grad()
-def _fill(model: nn.Module, files: Files, seed: int, group: Group, what: str) -> None:
+def _fill(model: Any, files: WeightFiles, seed: int, group: Group) -> None:
+    """This rank's rows of every parameter; adapters from ``seed``; buffers that the files hold."""
     for name, p in model.named_parameters():
         mine = local(p)
-        rows = own_rows(p, group)
+        rows = own_rows(p, group) if p.dim() else ...
         if adapters.is_adapter(name):
             mine.copy_(adapters.initial(name, p.shape, seed)[rows])
             continue
-        source = adapters.base_name(name)
-        try:
-            stored = files[source].get_slice(source)
-            shape = stored.get_shape()
-        except (KeyError, SafetensorError):
-            raise InputError(
-                f"{what} has no tensor {source!r} in its files: strategy fsdp reads the layout that transformers saves"
-            ) from None
-        if list(p.shape) != shape:
-            raise InputError(f"{what}: tensor {source!r} has shape {shape}, the model wants {list(p.shape)}")
+        piece = files.piece(adapters.base_name(name), list(p.shape))
         if mine.numel():
-            mine.copy_(stored[rows])
+            mine.copy_(piece[rows])
+    for name, buffer in kept_buffers(model):
+        if name in files:  # some models add one later: it then has the value that the model starts with
+            buffer.copy_(files.piece(name, list(buffer.shape))[...])
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the model's state."""
+    kept = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def own_rows(p: torch.Tensor, group: Group) -> slice:
@@ -167,12 +149,22 @@ def own_rows(p: torch.Tensor, group: Group) -> slice:
 
 
 def whole(model: nn.Module, names: set[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole parameters on the CPU, one at a time; every rank must go through all of them.
+    """Whole parameters, and buffers of the state, on the CPU, one at a time; every rank must go through all of them.
 
     Args:
         names: only these; None: all.
     """
     for name, p in model.named_parameters():
         if names is None or name in names:
-            tensor = p.full_tensor() if isinstance(p, DTensor) else p
-            yield name, tensor.detach().cpu()
+            yield name, _gathered(p.detach()).cpu()
+    for name, buffer in kept_buffers(model):
+        if names is None:
+            yield name, buffer.cpu()
+
+
+def _gathered(p: torch.Tensor) -> torch.Tensor:
+    """The whole tensor; shards that rest in host memory go to the device first, where the collective is."""
+    if not isinstance(p, DTensor):
+        return p
+    placed: Any = p.to(p.device_mesh.device_type)
+    return placed.full_tensor()

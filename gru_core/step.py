@@ -145,10 +145,11 @@ class Step:
 
     def _agree(self, retain: float, forget: float, mine: Gram, stop: bool) -> tuple[float, float, Gram]:
         """Global losses and Gram matrix, the same on every rank, in one message."""
-        parts = (mine.uu, mine.ur, mine.rr) if self.sharded else ()
-        retain, forget, stops, *sums = self.group.sum([retain, forget, float(stop), *parts])
+        retain, forget, stops, *sums = self.group.sum([retain, forget, float(stop), mine.uu, mine.ur, mine.rr])
         self.stop = stops > 0
-        return retain, forget, Gram(*sums) if self.sharded else mine
+        # Replicated gradients are equal, but unlike devices may round their products differently: all take the mean.
+        uu, ur, rr = sums if self.sharded else (value / self.group.size for value in sums)
+        return retain, forget, Gram(uu, ur, rr)
 
     def probe(self) -> float:
         """Mean retain loss of the first retain batch, without gradients: tells a collapse where the rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,12 +105,24 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
         settings = replace(config.evaluate, metrics=tuple(dict.fromkeys(names)))
         retain = evaluate(other, tokenizer, shared.benchmark, settings, config.model, group=group)
         del other
+        _release()
     reference = retain.measurements if retain else None
     start_model = place_frozen(shared.start(config.model), config.model, config.train, group)
     start = evaluate(
         start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group, reference=reference
     )
+    del start_model
+    _release()
     return Baseline(start, retain)
+
+
+def _release() -> None:
+    """Gives a model's memory back before the next one is loaded: sharded ones stand in reference cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def store_baseline(baseline: Baseline, file: Path) -> None:

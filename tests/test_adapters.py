@@ -113,6 +113,44 @@ def test_switching_off_leaves_no_trace() -> None:
     assert torch.equal(logits(net), on)
 
 
+def test_the_switched_off_model_has_no_dropout() -> None:
+    net = adapted(LoraConfig(rank=2, dropout=0.5))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if ".lora_B." in name:
+                p.fill_(0.1)
+    for layer in net.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    net.train()
+    assert not torch.equal(logits(net), logits(net)), "there is no dropout to switch off"
+    with adapters.switched_off(net):
+        assert torch.equal(logits(net), logits(small.model().eval()))
+    assert net.training
+    assert all(m.training for m in net.modules())
+
+
+def test_merging_under_bf16_keeps_a_small_adapter(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    models.save_model(small.model(), small.tokenizer(), base)
+    config = ModelConfig(path=str(base), lora=LORA, dtype="bfloat16")
+    net: Any = place(lambda: models.load_model(config.path, config), config, small.config().train, Group())
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if ".lora_B." in name:
+                p.fill_(1e-5)
+    saving.save(net, small.tokenizer(), str(base), tmp_path / "adapter", Group())
+    saving.save_merged(tmp_path / "adapter", small.tokenizer(), config, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    name = "model.layers.0.self_attn.q_proj"
+    a = net.state_dict()[f"{name}.lora_A.default.weight"]
+    want = 1e-5 * a.sum(0).expand(16, -1) * (4.0 / 2)
+    moved = merged[f"{name}.weight"] - small.model().state_dict()[f"{name}.weight"]
+    assert merged[f"{name}.weight"].dtype == torch.float32
+    assert torch.allclose(moved, want, atol=2e-8)
+
+
 @pytest.mark.parametrize("objective", ["ga", "npo"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, objective: str) -> None:
     class Killed(Exception):

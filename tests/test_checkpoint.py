@@ -82,7 +82,20 @@ def test_is_a_model_folder_and_two_are_kept(tmp_path: Path) -> None:
     assert torch.equal(small.weights(loaded), small.weights(net))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "unreadable", "half written"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        "missing",
+        "unreadable",
+        "half written",
+        "a flipped bit",
+        "a flipped bit in its state",
+        "a strange file",
+        "a link",
+        "a path",
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     small.build(small.config(10), small.model(), folder=tmp_path)()
     newest = tmp_path / "step-00000010"
@@ -93,11 +106,33 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
         (newest / "ema.safetensors").unlink()
     elif damage == "unreadable":
         (newest / "state.json").write_text("{")
+    elif damage == "a flipped bit":
+        data = bytearray((newest / "ema.safetensors").read_bytes())
+        data[-40] ^= 1
+        (newest / "ema.safetensors").write_bytes(data)
+    elif damage == "a flipped bit in its state":
+        text = (newest / "state.json").read_text()
+        (newest / "state.json").write_text(text.replace('"step": 10', '"step": 11'))
+    elif damage == "a strange file":
+        (newest / "shard-00009-model-00001-of-00001.safetensors").write_bytes(b"x")
+    elif damage in ("a link", "a path"):
+        state = json.loads((newest / "state.json").read_text())
+        outside = tmp_path / "outside.safetensors"
+        (newest / "ema.safetensors").rename(outside)
+        if damage == "a link":
+            (newest / "ema.safetensors").symlink_to(outside)
+        else:
+            state["files"]["../outside.safetensors"] = state["files"].pop("ema.safetensors")
+        state["checksum"] = checkpoint._state_checksum({k: v for k, v in state.items() if k != "checksum"})
+        (newest / "state.json").write_text(json.dumps(state))
     else:
         newest.rename(tmp_path / ".part-00000010")
-    found = checkpoint.latest(tmp_path)
+    said: list[str] = []
+    found = checkpoint.latest(tmp_path, said)
     assert found is not None
     assert found.step == 5
+    assert len(said) == (damage != "half written")
+    assert all("step-00000010 is damaged (" in line for line in said)
 
 
 def test_a_full_disk_names_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from gru_core import adapters, checkpoint, models, saving, sharding
 from gru_core.benchmarks import load_benchmark
 from gru_core.config import BenchmarkConfig, EvaluateConfig, LoraConfig, ModelConfig, TrainConfig
-from gru_core.errors import InputError
+from gru_core.errors import InputError, StorageError
 from gru_core.loop import Hooks, Run
 from gru_core.losses import Rows
 from gru_core.metrics import evaluate
@@ -132,6 +132,45 @@ def _resumes(folder: Path, out: Path, group: Group) -> None:
         group.barrier()
 
 
+def _all_must_see_the_checkpoint(folder: Path, out: Path, group: Group) -> None:
+    """A rank that does not see it would begin at 0 while the others go on."""
+    config = settings(folder, 2, "ddp")
+    own = out / f"seen-{group.rank}"
+    if group.rank == 0:
+        shutil.copytree(out / "ddp-False", own)
+    group.barrier()
+    with pytest.raises(StorageError, match="is not seen whole by every worker"):
+        run_of(config, group, own)
+
+
+def _other_names(out: Path, group: Group) -> None:
+    """Files with other names than the model's: of older versions, and of the hub's GPT-2, without its head."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
+
+    torch.manual_seed(0)
+    neox = GPTNeoXConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60
+    )
+    for name, config in (("neox", neox), ("gpt2", GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=60))):
+        folder = out / name
+        if group.rank == 0:
+            model = AutoModelForCausalLM.from_config(config)
+            model.save_pretrained(folder)
+            small.tokenizer().save_pretrained(folder)
+            if name == "gpt2":
+                tensors = load_file(folder / "model.safetensors")
+                renamed = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+                assert renamed.keys() != tensors.keys()
+                save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+        group.barrier()
+        train = TrainConfig(workers=2, strategy="fsdp")
+        net = sharding.load(str(folder), ModelConfig(path=str(folder)), train, group)
+        plain = dict(models.load_model(str(folder), ModelConfig()).named_parameters())
+        for key, p in net.named_parameters():
+            assert torch.equal(p.full_tensor(), plain[key]), key  # type: ignore[attr-defined]
+
+
 def _rank(rank: int, store: str, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     import transformers
@@ -142,6 +181,8 @@ def _rank(rank: int, store: str, folder: str, out: str) -> None:
     _loads_its_rows_alone(Path(folder), group)
     _evaluates_like_the_whole_model(Path(folder), group)
     _resumes(Path(folder), Path(out), group)
+    _all_must_see_the_checkpoint(Path(folder), Path(out), group)
+    _other_names(Path(out), group)
     dist.destroy_process_group()
 
 
@@ -262,6 +303,9 @@ def test_a_file_without_the_models_tensors_is_refused(tmp_path: Path) -> None:
     try:
         train = TrainConfig(workers=1, strategy="fsdp")
         with pytest.raises(InputError, match=r"has no tensor 'model.norm.weight'"):
+            sharding.load(str(tmp_path / "model"), ModelConfig(), train, Group())
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(InputError, match=r"its weights cannot be read"):
             sharding.load(str(tmp_path / "model"), ModelConfig(), train, Group())
     finally:
         dist.destroy_process_group()
