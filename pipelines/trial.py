@@ -19,6 +19,7 @@ from pipelines.launch import Report
 from pipelines.space import trial_config
 from pipelines.storage import Storage
 
+BASELINE = "baseline.json"
 LOCK_S = 120.0
 """Longest wait for a process of an earlier, killed search to leave a trial's folder."""
 
@@ -100,10 +101,11 @@ def work(job: Job, report: Report) -> dict[str, Any]:
     if job.config.train.workers:
         from pipelines import unlearn
 
-        return unlearn.train(
-            job.config, job.folder, shared_ref=job.shared, in_tune=True, name=job.name, tags=job.tags,
-            keep_model=False, gpus=job.gpus, stop_in=study,
-        )  # fmt: skip
+        with _baseline(study, job):
+            return unlearn.train(
+                job.config, job.folder, shared_ref=job.shared, in_tune=True, name=job.name, tags=job.tags,
+                keep_model=False, gpus=job.gpus, stop_in=study,
+            )  # fmt: skip
     import torch
 
     from gru_core.parallel import Group, current_group
@@ -117,6 +119,20 @@ def work(job: Job, report: Report) -> dict[str, Any]:
             job.config, job.folder, shared=shared, report=report, name=job.name, tags=job.tags, keep_model=False,
             group=group, stop_in=study,
         )  # fmt: skip
+
+
+@contextmanager
+def _baseline(study: Path, job: Job) -> Iterator[None]:
+    """Where a model is too large for one process to score, the first trial's workers do it for all trials."""
+    known, own = study / BASELINE, job.folder / BASELINE
+    sharded = job.config.train.strategy == "fsdp"
+    if sharded and known.exists() and not own.exists():
+        shutil.copyfile(known, own)
+    yield
+    if sharded and own.exists() and not known.exists():
+        part = known.with_name(f".{job.name}-{BASELINE}")
+        shutil.copyfile(own, part)
+        part.rename(known)
 
 
 def resources(train: TrainConfig, gpus: float) -> dict[str, float]:

@@ -106,11 +106,17 @@ def test_a_driver_killed_mid_search_goes_on(study: Study, tmp_path: Path) -> Non
 
 
 def test_trials_on_ray_train_workers_are_the_same_trials(study: Study, tmp_path: Path) -> None:
-    """Three trials of two workers through TorchTrainer inside Tune on 2 cores: the points of workers 0."""
+    """Three trials of two sharded workers through TorchTrainer inside Tune on 2 cores: the points of workers 0.
+
+    The starting model is scored by the first trial's workers, for all of them.
+    """
     one, two = tmp_path / "zero", tmp_path / "two"
     settings = ["search.trials=3", "search.sampler=random", SPACE]
     search.run(study.load(one, *settings), say=quiet)
-    search.run(study.load(two, *settings, "train.workers=2"), say=quiet)
+    search.run(study.load(two, *settings, "train.workers=2", "train.strategy=fsdp"), say=quiet)
+    scored = {f.stat().st_mtime_ns for f in two.glob("trials/*/baseline.json")}
+    assert (two / "baseline.json").stat().st_mtime_ns > min(scored)
+    assert len({f.read_text() for f in two.glob("**/baseline.json")}) == 1
     alone, together = points(one), points(two)
     assert alone.keys() == together.keys()
     assert len(alone) == 3

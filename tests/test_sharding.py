@@ -132,6 +132,22 @@ def _resumes(folder: Path, out: Path, group: Group) -> None:
         group.barrier()
 
 
+def _bf16_is_near(folder: Path, group: Group) -> None:
+    """bf16 over float32 shards: the update is that of float32 to a few percent, and the shards stay float32."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        config = settings(folder, 2, "fsdp", steps=1)
+        config = replace(config, model=replace(config.model, dtype=dtype))
+        run = run_of(config, group, None)
+        run.step.optimizer = torch.optim.SGD(run.step.parameters, lr=1.0)  # type: ignore[assignment]
+        before = whole(run.step.model).clone()
+        run()
+        assert all(p.dtype == torch.float32 for p in run.step.parameters)
+        found[dtype] = whole(run.step.model) - before
+    apart = float((found["bfloat16"] - found["float32"]).norm() / found["float32"].norm())
+    assert 1e-4 < apart < 0.1, apart
+
+
 def _all_must_see_the_checkpoint(folder: Path, out: Path, group: Group) -> None:
     """A rank that does not see it would begin at 0 while the others go on."""
     config = settings(folder, 2, "ddp")
@@ -182,6 +198,7 @@ def _rank(rank: int, store: str, folder: str, out: str) -> None:
     _evaluates_like_the_whole_model(Path(folder), group)
     _resumes(Path(folder), Path(out), group)
     _all_must_see_the_checkpoint(Path(folder), Path(out), group)
+    _bf16_is_near(Path(folder), group)
     _other_names(Path(out), group)
     dist.destroy_process_group()
 
