@@ -105,7 +105,11 @@ def lengths(config: RunConfig, shape: Any, tokens: int | None) -> Lengths:
     from gru_core.batch import encode
     from gru_core.benchmarks import load_benchmark
 
-    benchmark, model = load_benchmark(config.benchmark), config.model
+    model = config.model
+    try:
+        benchmark = load_benchmark(config.benchmark)
+    except InputError as error:
+        raise InputError(f"{error}; or say how long its rows are: --tokens") from None
     rows = [
         encode(tokenizer, row, limit, model.system_prompt, model.chat_date)
         for row in benchmark.forget + benchmark.retain
