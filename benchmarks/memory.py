@@ -29,6 +29,7 @@ from torch import nn
 
 from gru_core import adapters, cost, models, parallel, sharding, size
 from gru_core.batch import TokenRow
+from gru_core.blocks import checkpoint_activations
 from gru_core.config import LoraConfig, ModelConfig, RectifyConfig, RetainConfig, RunConfig, TrainConfig, UnlearnConfig
 from gru_core.losses import Rows
 from gru_core.objectives import build_objective
@@ -121,7 +122,7 @@ def build(case: Case, group: Group) -> tuple[nn.Module, nn.Module]:
         adapters.add(model, config.model.lora)
         adapters.initialise(model, 0)
     if case.checkpointing:
-        models.checkpoint_activations(model)
+        checkpoint_activations(model)
     models.set_dropout(model, False)
     if case.strategy == "fsdp":
         sharding.shard(model, config.model, config.train, group)

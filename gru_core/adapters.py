@@ -33,13 +33,14 @@ def add(model: Any, config: LoraConfig) -> None:
     """
     from peft import LoraConfig as PeftConfig
 
+    targets = _targets(model, config.targets)
     try:
         with torch.random.fork_rng():
             model.add_adapter(
                 PeftConfig(
                     r=config.rank, lora_alpha=config.alpha,  # type: ignore[arg-type]
                     lora_dropout=config.dropout, bias="none",
-                    target_modules=_targets(model, config.targets), task_type="CAUSAL_LM",
+                    target_modules=targets, task_type="CAUSAL_LM",
                 ),
                 _NAME,
             )  # fmt: skip
@@ -49,6 +50,19 @@ def add(model: Any, config: LoraConfig) -> None:
         p.requires_grad_(_MARK in name)
         if _MARK in name and p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
+
+
+def check(settings: Any, config: LoraConfig) -> None:
+    """Refuse adapters that fit no layer, from the model's settings alone.
+
+    Raises:
+        InputError: as :func:`add`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    _targets(model, config.targets)
 
 
 def _targets(model: Any, wanted: tuple[str, ...]) -> list[str]:

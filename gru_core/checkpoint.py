@@ -182,6 +182,7 @@ class _Writing:
         tensors.write(self.part, held, reference, self.group)
         mine = [f for f in sorted(self.part.iterdir()) if _written_by(f.name, self.group)]
         for file in mine:
+            open_up(file)
             _sync(file)
         return {f.name: {"size": f.stat().st_size, "crc32": _checksum(f)} for f in mine}
 
@@ -204,6 +205,8 @@ class _Writing:
 
 def _written_by(name: str, group: Group) -> bool:
     """Whether a file in the folder is this rank's: its shard, and on rank 0 all that is no shard."""
+    if name.startswith("."):  # see open_up
+        return False
     if name.startswith("shard-"):
         return int(name.split("-")[1]) == group.rank + 1
     return group.rank == 0
@@ -221,6 +224,14 @@ def _together(work: Callable[[], Any], group: Group) -> list[Any]:
         if fault:
             raise StorageError(fault)
     return [result for result, _ in parts]
+
+
+def open_up(file: Path) -> None:
+    """Give ``file`` the mode that other new files in its folder get: safetensors makes its own for the owner alone."""
+    made = file.with_name(f".mode-{os.getpid()}")
+    made.touch()
+    file.chmod(made.stat().st_mode)
+    made.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ have to be unpickled).
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,9 @@ def fill(folder: Path, targets: dict[str, torch.Tensor], group: Group | None) ->
         reader = HuggingFaceStorageReader(str(folder))
         alone = group is None or group.size == 1
         try:
-            dcp.load(
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant, where alone
+                dcp.load(
                 dict(targets), storage_reader=reader, no_dist=alone,
                 process_group=group.process_group if group and not alone else None,
             )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ MAX_LENGTH = 2048
 
 def _is_folder(path: str) -> bool:
     """Whether ``path`` means a local folder and not a hub id."""
-    return Path(path).expanduser().exists() or path.count("/") != 1 or path.startswith((".", "/", "~"))
+    looks = path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith((".json", ".safetensors"))
+    return looks or Path(path).expanduser().exists()
 
 
 def check_model_folder(path: str, what: str = "model.path") -> None:
@@ -176,36 +177,6 @@ def local_folder(path: str, what: str = "model.path") -> Path:
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{what}: cannot load {path!r} from the hub: {_first_line(error)}") from error
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, the units of sharding and of activation checkpointing, in order.
-
-    By the class names that the model itself says must not be split; else the longest list of modules in it.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if type(m).__name__ in names]
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return found or max(lists, key=len, default=[])
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep a block's input alone for the backward pass, and compute the rest of it again there.
-
-    The switch that models have of their own works in train mode only, where dropout would be on, too.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **options)
-            return checkpoint(forward, *args, use_reentrant=False, **options)
-
-        return call
-
-    for block in blocks(model):
-        block.forward = wrapped(block.forward)
 
 
 def set_dropout(model: nn.Module, active: bool) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from gru_core import adapters, models, sharding
+from gru_core.blocks import checkpoint_activations
 from gru_core.config import ModelConfig, TrainConfig
 from gru_core.errors import InputError
 from gru_core.losses import Frozen
@@ -32,7 +33,7 @@ def place(start: Start, model: ModelConfig, train: TrainConfig, group: Group, wh
         adapters.add(net, model.lora)
         adapters.initialise(net, train.seed)
     if train.activation_checkpointing:
-        models.checkpoint_activations(net)
+        checkpoint_activations(net)
     return wrap(net.to(group.device), group)
 
 

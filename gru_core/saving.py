@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gru_core import adapters, checkpoint_tensors, models, sharding
-from gru_core.checkpoint import Checkpoint
+from gru_core.checkpoint import Checkpoint, open_up
 from gru_core.config import ModelConfig
 from gru_core.parallel import Group, is_sharded, unwrap
 
@@ -41,6 +41,13 @@ def save(model: nn.Module, tokenizer: Any, base: str, folder: Path, group: Group
     else:
         net.save_pretrained(part, state_dict=gathered or None)
     tokenizer.save_pretrained(part)
+    _publish(part, folder)
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """``part`` under its name, readable as other new files are."""
+    for file in part.glob("*.safetensors"):
+        open_up(file)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -55,8 +62,7 @@ def save_merged(adapter: Path, tokenizer: Any, config: ModelConfig, folder: Path
     shutil.rmtree(part, ignore_errors=True)
     precise = replace(config, lora=None, dtype="float32")  # bf16 would round most of a small adapter away
     models.save_model(adapters.merged(models.load_model(config.path, precise), adapter), tokenizer, part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    _publish(part, folder)
 
 
 def restore(checkpoint: Checkpoint, config: ModelConfig) -> Any:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from gru_core import adapters, models
+from gru_core.blocks import blocks, checkpoint_activations
 from gru_core.config import ModelConfig, TrainConfig
 from gru_core.parallel import Group, local
 from gru_core.weight_files import WeightFiles
@@ -39,7 +40,7 @@ def shard(model: nn.Module, model_config: ModelConfig, train: TrainConfig, group
         "mp_policy": policy or MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if train.cpu_offload else OffloadPolicy(),
     }
-    for block in models.blocks(model):
+    for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
 
@@ -61,7 +62,7 @@ def load(
     if model_config.lora is not None:
         adapters.add(model, model_config.lora)
     if train.activation_checkpointing:
-        models.checkpoint_activations(model)
+        checkpoint_activations(model)
     shard(model, model_config, train, group)
     host = torch.device("cpu")
     _materialise(model, host if train.cpu_offload else group.device, group.device)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gru_core import adapters, models
+from gru_core.blocks import blocks
 from gru_core.config import ModelConfig
 from gru_core.errors import InputError
 
@@ -91,22 +92,22 @@ def shape(config: Any, settings: ModelConfig) -> Shape:
         InputError: no causal language model, or none with transformer blocks.
     """
     model = _build(config, settings, torch.float32)
-    blocks = models.blocks(model)
-    if not blocks:
+    units = blocks(model)
+    if not units:
         raise InputError(f"model.path: {type(model).__name__} has no transformer blocks to plan for")
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     trained = [p for p in parameters if p.requires_grad]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in units]
     text = config.get_text_config()
     head = model.get_output_embeddings()  # type: ignore[operator]
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() >= 2)
+    matrices = sum(p.numel() for block in units for p in block.parameters() if p.dim() >= 2)
     return Shape(
         parameters=total,
         trained=sum(p.numel() for p in trained),
-        layers=len(blocks),
+        layers=len(units),
         block=max(sizes),
         root=total - sum(sizes),
         products=matrices + head.weight.numel(),
@@ -116,7 +117,7 @@ def shape(config: Any, settings: ModelConfig) -> Shape:
         hidden=text.hidden_size,
         width=heads * head_dim,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        cache=2 * len(blocks) * (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        cache=2 * len(units) * (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
     )
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.storage import WORK
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -85,9 +87,9 @@ def _touch(file: Path) -> None:
 
 
 def _signs(folder: Path) -> object:
-    """Changes whenever a rank touches its file, or a checkpoint grows."""
+    """Changes whenever a rank touches its file, or a checkpoint grows, be it in the copy of what is stored."""
     found = []
-    for top in (NAME, "checkpoints"):
+    for top in (NAME, "checkpoints", f"{WORK}/checkpoints"):
         for parent, _, names in os.walk(folder / top):
             for name in names:
                 with suppress(OSError):

@@ -233,7 +233,7 @@ app.add_typer(submit_app, name="submit")
 
 @app.command(**_command("export"))
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a run, or of a trial.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run or a trial, or its output.storage.")],
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="New folder (RUN/export).")] = None,
     step: Annotated[int | None, typer.Option("--step", metavar="N", help="The checkpoint after this step.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="With an adapter: the model it is merged into.")] = False,

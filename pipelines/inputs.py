@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gru_core import models
+from gru_core import adapters, models
 from gru_core.batch import Row, TokenRow, encode
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark
@@ -16,6 +16,7 @@ from gru_core.config import ModelConfig, RunConfig
 from gru_core.metrics import Baseline, Evaluation, evaluate
 from gru_core.parallel import Group
 from gru_core.placing import Start, place_frozen
+from pipelines import alive
 from pipelines.stores import hide
 
 
@@ -84,7 +85,10 @@ def load(config: RunConfig) -> Shared:
     benchmark = load_benchmark(config.benchmark)
     tokenizer = models.load_tokenizer(config.model.path)
     whole = config.train.strategy != "fsdp"
-    limit = models.max_length_of(models.load_settings(config.model.path))
+    shape = models.load_settings(config.model.path)
+    if config.model.lora is not None:
+        adapters.check(shape, config.model.lora)  # before anything is written, or workers are started
+    limit = models.max_length_of(shape)
     return Shared(
         packed=models.pack_weights(models.load_model(config.model.path, config.model)) if whole else None,
         tokenizer=tokenizer,
@@ -99,6 +103,7 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
     retain: Evaluation | None = None
     if config.retain_model is not None:
         other = place_frozen(config.retain_model, config.model, config.train, group, "retain_model")
+        alive.follow(other)
         tokenizer = models.load_tokenizer(config.retain_model, "retain_model")
         # The reference of forget quality is the retain model itself: its truth ratios are measured here.
         names = ("forget_truth_ratio" if name == "forget_quality" else name for name in config.evaluate.metrics)
@@ -108,6 +113,7 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
         _release()
     reference = retain.measurements if retain else None
     start_model = place_frozen(shared.start(config.model), config.model, config.train, group)
+    alive.follow(start_model)
     start = evaluate(
         start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group, reference=reference
     )

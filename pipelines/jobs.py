@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_JOB_STOP_WAIT_TIME_S": "50",  # for the default grace period
+    "RAY_JOB_STOP_WAIT_TIME_S": "50",  # for the default grace period; see stop_wait
 }
 """All that a job is given; secrets must be in the environment of the cluster's own processes."""
 SECRETS = (
@@ -47,8 +47,8 @@ SECRETS = (
 """Variables that runs use and that are never sent."""
 LAST_S = 20
 """Seconds behind its grace period after which Ray kills a job that was told to stop."""
-STOP_S = 60.0
-"""Longest wait for a stopped job to end."""
+STOP_S = 30.0
+"""Seconds behind the time that a job has for its end (:func:`stop_wait`) in which the cluster must say it is over."""
 
 
 def submit(arguments: list[str], *, address: str | None, wait: bool, say: Say) -> dict[str, Any]:
@@ -140,13 +140,18 @@ def metadata(request: Request) -> dict[str, str]:
     return found
 
 
+def stop_wait(grace: float) -> int:
+    """Seconds that Ray gives a job told to stop, for a grace period in seconds; by itself it gives 3."""
+    return math.ceil(grace) + LAST_S
+
+
 def environment(grace: float = 30.0) -> dict[str, str]:
     """Variables of a job: the switches, and the commit of the code that is sent, which has no ``.git`` there.
 
     Args:
-        grace: seconds that the job has for a checkpoint; Ray would kill it 3 s after it was told to stop.
+        grace: seconds that the job has for a checkpoint.
     """
-    return {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(grace) + LAST_S), **provenance.carried()}
+    return {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait(grace)), **provenance.carried()}
 
 
 def start(
@@ -212,17 +217,24 @@ def stop(job_id: str, *, address: str | None) -> dict[str, Any]:
 
     Raises:
         InputError: as :func:`status`.
-        RuntimeError: it still runs after ``STOP_S`` seconds.
+        RuntimeError: it still runs ``STOP_S`` seconds after Ray should have killed it.
     """
     cluster = clusters.connect(address)
-    clusters.details(cluster, job_id)
+    patience = _own_stop_wait(clusters.details(cluster, job_id)) + STOP_S
     asked = cluster.client.stop_job(job_id)
-    deadline = time.monotonic() + STOP_S
+    deadline = time.monotonic() + patience
     while not (found := clusters.details(cluster, job_id)).status.is_terminal():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{job_id} was asked to stop {STOP_S:.0f} s ago and still runs")
+            raise RuntimeError(f"{job_id} was asked to stop {patience:.0f} s ago and still runs")
         time.sleep(0.2)
     return {**_describe(cluster, found), "stopped": asked and found.status.value == "STOPPED"}
+
+
+def _own_stop_wait(found: JobDetails) -> int:
+    """What a job was given as :func:`stop_wait`; the default's where it cannot be told."""
+    name = "RAY_JOB_STOP_WAIT_TIME_S"
+    given = ((found.runtime_env or {}).get("env_vars") or {}).get(name, "")
+    return int(given if str(given).isdecimal() else ENVIRONMENT[name])
 
 
 def _describe(cluster: Cluster, found: JobDetails) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from gru_core import checkpoint
 from gru_core.errors import StorageError
 from gru_core.parallel import Group
 from pipelines import alive, journal
-from pipelines.mirror import CHECKPOINTS, STATE, WORK, records, steps
-from pipelines.storage import Storage
+from pipelines.mirror import CHECKPOINTS, STATE, records, steps
+from pipelines.storage import WORK, Storage
 
 JOURNAL_S = 30.0
 """Seconds that a journal line waits for its upload at most, where steps are short."""

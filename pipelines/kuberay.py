@@ -24,6 +24,8 @@ Document = dict[str, Any]
 
 CONFIG = "/etc/gru"
 """Folder of ``config.yaml`` on the head."""
+POD_S = 10
+"""Seconds that a pod has behind the time in which its job must stop."""
 _PLAIN = re.compile(r"[\w ./:@+=,~-]*")
 """Text that a shell leaves as it is between double quotes, where KubeRay puts metadata."""
 
@@ -83,20 +85,21 @@ def to_yaml(documents: list[Document]) -> str:
 
 
 def _spec(request: Request, options: Options, pods: Pods, name: str) -> Document:
-    environment = dict(jobs.ENVIRONMENT)
+    wait = jobs.stop_wait(request.config.train.grace)
+    environment = {**jobs.ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": str(wait)}
     if options.pvc:
         environment["GRU_CACHE"] = f"{options.mount}/gru-cache"
     runtime: Document = {"env_vars": environment}
     if options.working_dir:
         runtime["working_dir"] = options.working_dir
-    head = _template("ray-head", options, request.config.train.cpus_per_worker, 0, config=name)
+    head = _template("ray-head", options, request.config.train.cpus_per_worker, 0, wait, config=name)
     group = {
         "groupName": "workers",
         "replicas": pods.count,
         "minReplicas": pods.fewest,
         "maxReplicas": pods.count,
         "rayStartParams": {},
-        "template": _template("ray-worker", options, pods.cpus, pods.gpus),
+        "template": _template("ray-worker", options, pods.cpus, pods.gpus, wait),
     }
     return {
         "entrypoint": jobs.entrypoint("python", request, f"{CONFIG}/config.yaml"),
@@ -114,8 +117,13 @@ def _spec(request: Request, options: Options, pods: Pods, name: str) -> Document
     }
 
 
-def _template(container: str, options: Options, cpus: int, gpus: int, config: str | None = None) -> Document:
-    """A pod template; ``config`` is the name of the job whose ConfigMap the pod mounts."""
+def _template(container: str, options: Options, cpus: int, gpus: int, wait: int, config: str | None = None) -> Document:
+    """A pod template.
+
+    Args:
+        wait: seconds that a job on the pod may take to stop; Kubernetes by itself gives a pod 30.
+        config: name of the job whose ConfigMap the pod mounts.
+    """
     resources: Document = {"cpu": str(cpus)}
     if options.memory:
         resources["memory"] = options.memory
@@ -134,7 +142,8 @@ def _template(container: str, options: Options, cpus: int, gpus: int, config: st
         pod["envFrom"] = [{"secretRef": {"name": each}} for each in options.secrets]
     pod |= {"resources": {"requests": resources, "limits": dict(resources)}}
     pod |= {"volumeMounts": mounts} if mounts else {}
-    return {"spec": {"containers": [pod], **({"volumes": volumes} if volumes else {})}}
+    found: Document = {"terminationGracePeriodSeconds": wait + POD_S, "containers": [pod]}
+    return {"spec": found | ({"volumes": volumes} if volumes else {})}
 
 
 def _notes(request: Request, options: Options, pods: Pods, name: str) -> Iterator[str]:

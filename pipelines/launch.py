@@ -86,8 +86,7 @@ def launch(
     """
     if train.workers == 0:
         return _here(task, payload, train, gpus, report)
-    os.environ.update({k: os.environ.get(k, v) for k, v in QUIET.items()})
-    os.environ[HEALTH] = str(train.hang_timeout)
+    _switches(train)
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
@@ -109,6 +108,12 @@ def launch(
     if isinstance(value, _Refused):
         raise value.error
     return value
+
+
+def _switches(train: TrainConfig) -> None:
+    """What Ray Train reads from the environment, in this process and in its controller."""
+    os.environ.update({k: os.environ.get(k, v) for k, v in QUIET.items()})
+    os.environ[HEALTH] = str(train.hang_timeout)
 
 
 def _scaling(train: TrainConfig, gpus: float) -> Any:

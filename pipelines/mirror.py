@@ -17,12 +17,11 @@ from gru_core.errors import InputError, StorageError
 from pipelines import journal
 from pipelines.storage import Stamp, Storage
 
-WORK = ".work"
-"""Folder in an output folder where the workers of a machine keep their copy."""
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 MODELS = ("model", "merged")
 POLL_S = 2.0
 """Seconds between two looks at the storage."""
+_REQUESTS = ("request.yaml", "config.yaml")
 _BULKY = {CHECKPOINTS, *MODELS, "ray", "tune"}
 
 
@@ -80,11 +79,20 @@ class Mirror:
         stored = self.storage.read(journal.NAME) or b""
         here = journal.locate(self.folder)
         mine = here.read_bytes().partition(b"\n")[0] if here.exists() else b""
-        if mine and stored and stored.partition(b"\n")[0] != mine:
+        if mine and not (stored.partition(b"\n")[0] == mine if stored else self._same_request()):
             raise InputError(f"output.dir: {self.folder} holds another run than {self.storage}; give another folder")
         with self._lock:
             self.storage.pull(self.folder, ["request.yaml"])  # the first of all: it marks the folder as ours
             self._pull(lambda name: True)
+
+    def _same_request(self) -> bool:
+        """Whether what was asked for here is what the storage holds, as of a search that died in its first upload."""
+        assert self.storage is not None
+        for name in _REQUESTS:
+            file, stored = self.folder / name, self.storage.read(name)
+            if stored is not None and (not file.is_file() or file.read_bytes() != stored):
+                return False
+        return True
 
     def pull(self) -> None:
         """Brings new records of the workers here."""

@@ -88,10 +88,10 @@ def _read(path: str, field: str) -> Any:
 def lengths(config: RunConfig, shape: Any, tokens: int | None) -> Lengths:
     """Lengths of forget and retain rows under the model's tokenizer; ``tokens`` a row where that is given.
 
-    Without tokenizer a row has 256 tokens, and all of a row counts as answer.
+    Without tokenizer or rows a row has 256 tokens, and all of a row counts as answer.
 
     Raises:
-        InputError: ``tokens`` is more than the model takes, or the benchmark cannot be read.
+        InputError: ``tokens`` is more than the model takes.
     """
     limit = models.max_length_of(shape)
     if tokens is not None and not 2 <= tokens <= limit:
@@ -108,8 +108,9 @@ def lengths(config: RunConfig, shape: Any, tokens: int | None) -> Lengths:
     model = config.model
     try:
         benchmark = load_benchmark(config.benchmark)
-    except InputError as error:
-        raise InputError(f"{error}; or say how long its rows are: --tokens") from None
+    except InputError as error:  # a plan needs lengths, not rows
+        short = min(TOKENS, limit)
+        return Lengths((short,), short, f"rows of {short} tokens are assumed (see --tokens): {error}")
     rows = [
         encode(tokenizer, row, limit, model.system_prompt, model.chat_date)
         for row in benchmark.forget + benchmark.retain

@@ -28,6 +28,10 @@ def run(document: Mapping[str, Any]) -> list[str]:
     lines += [f"{name}: {number(value)}" for name, value in sorted(document["scores"].items())]
     if document.get("model"):
         lines.append(f"model: {document['model']}")
+    merged = Path(document["run"]) / "merged"
+    if merged.is_dir():
+        lines[-1] = f"adapter: {document['model']}"
+        lines.append(f"merged model: {merged}")
     return [*lines, f"browse it: {open_mlflow(document['tracking_uri'])}"]
 
 

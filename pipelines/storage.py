@@ -4,12 +4,14 @@ Credentials, region and endpoint come from the environment (``AWS_ACCESS_KEY_ID`
 ``AWS_DEFAULT_REGION``, ``AWS_ENDPOINT_URL``, or what else the AWS chain finds) of each process and are written nowhere.
 
 A file is there whole or not at all: object stores show an upload when it is complete, in folders a file is written
-under another name and renamed. Nothing holds for several files together; whoever needs that uploads the file that
-names the others last.
+under another name and renamed. An upload cannot be called off, only completed: a small file is therefore read before
+its upload begins, and a large one (weights) that cannot be read to its end is removed. Nothing holds for several files
+together; whoever needs that uploads the file that names the others last.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import uuid
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from gru_core.errors import InputError, StorageError
@@ -28,11 +30,13 @@ Stamp = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds: differs where a file was replaced."""
 
 ALLOWED = "s3://BUCKET/FOLDER, file:///FOLDER or an absolute path"
+WORK = ".work"
+"""Folder in an output folder where the workers of a machine keep their copy of what is stored."""
 WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds between tries of what failed."""
-_CHUNK = 32 << 20
+_CHUNK, _SMALL = 32 << 20, 64 << 20
 _AT_ONCE = 4
-_PART = ".part-"
+_PART, _CHECK = ".part-", ".gru-check-"
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT")
 _QUERY = {"region", "endpoint_override", "scheme"}
@@ -86,7 +90,7 @@ class Storage:
         Raises:
             InputError: one line: no such bucket, no credentials, no access, nothing answers.
         """
-        name, text = f".gru-check-{uuid.uuid4().hex[:8]}", b"gru"
+        name, text = f"{_CHECK}{uuid.uuid4().hex[:8]}", b"gru"
         try:
             files, _ = self._open()
             if self._parts.scheme == "s3" and files.get_file_info(self._parts.netloc).type.name == "NotFound":
@@ -103,7 +107,7 @@ class Storage:
     # ------------------------------------------------------------------------------------------------- files
 
     def names(self, under: str = "") -> dict[str, Stamp]:
-        """All files in a folder of the storage, by their name relative to the storage.
+        """All files in a folder of the storage, by their name relative to the storage, less what a kill left over.
 
         Raises:
             StorageError: the storage does not answer; a name that would lead out of the folder it is copied to.
@@ -120,7 +124,15 @@ class Storage:
         for name in names:
             if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
                 raise StorageError(f"{self} holds a file with a name that is not allowed: {name!r}")
-        return {name: stamp for name, stamp in names.items() if _PART not in name}
+        return {name: stamp for name, stamp in names.items() if _PART not in name and not name.startswith(_CHECK)}
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there at the top, asked once; an OSError where the storage does not answer."""
+        from pyarrow import fs
+
+        files, root = self._open()
+        found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return any(info.base_name == name for info in found)
 
     def read(self, name: str) -> bytes | None:
         """A small file, or None where it is not there."""
@@ -176,21 +188,38 @@ class Storage:
 
     def _put(self, files: Any, path: str, data: bytes | Path) -> int:
         """Writes a file whole or not at all; returns its size in bytes."""
-        local = self._parts.scheme != "s3"
-        target = f"{path}{_PART}{uuid.uuid4().hex[:8]}" if local else path
-        if local:
+        if isinstance(data, Path) and data.stat().st_size <= _SMALL:
+            data = data.read_bytes()
+        source: BinaryIO = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb")
+        with source:
+            if self._parts.scheme == "s3":
+                return self._copy(files, source, path)
             files.create_dir(str(PurePosixPath(path).parent), recursive=True)
-        size = 0
-        with files.open_output_stream(target) as out:
-            if isinstance(data, bytes):
-                size = out.write(data)
-            else:
-                with data.open("rb") as file:
-                    while chunk := file.read(_CHUNK):
-                        size += out.write(chunk)
-                        self._beat()
-        if local:
-            files.move(target, path)
+            part = f"{path}{_PART}{uuid.uuid4().hex[:8]}"
+            try:
+                size = self._copy(files, source, part)
+                files.move(part, path)
+            except BaseException:
+                with suppress(OSError):
+                    files.delete_file(part)
+                raise
+            return size
+
+    def _copy(self, files: Any, source: BinaryIO, target: str) -> int:
+        """Writes what is in ``source``, whose size it returns; what breaks off half-way is removed."""
+        size, chunk = 0, source.read(_CHUNK)
+        out = files.open_output_stream(target)
+        try:
+            while chunk:
+                size += out.write(chunk)
+                self._beat()
+                chunk = source.read(_CHUNK)
+        except BaseException:
+            with suppress(OSError, ValueError):
+                out.close()  # where this fails as well, nothing was published, and what stood there stays
+                files.delete_file(target)
+            raise
+        out.close()
         return size
 
     def _upload(self, file: Path, name: str) -> None:
@@ -235,13 +264,11 @@ class Storage:
 
 
 def _each(names: Iterable[str], work: Callable[[str], None]) -> None:
+    """Always in threads: an interrupt reaches the main thread alone, which waits for what has begun."""
     names = list(names)
-    if len(names) <= 1:
-        for name in names:
-            work(name)
-        return
-    with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
-        list(pool.map(work, names))
+    if names:
+        with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
+            list(pool.map(work, names))
 
 
 def _s3(bucket: str, query: dict[str, list[str]]) -> Any:

@@ -12,6 +12,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tests.study import Study, final_weights
 
 TASK = worker.task
 ROOT = Path(__file__).resolve().parents[1]
+GO = "go"
 STEPS = ("unlearn.steps=12", "unlearn.evaluate_every=6", "train.checkpoint_every=4")
 
 
@@ -44,7 +46,8 @@ class Fault:
             its name yet), ``evaluation`` (before its first batch).
         step: the step, from 1, in or after which it happens.
         how: ``kill`` (SIGKILL), ``freeze`` (SIGSTOP), ``loop`` (the training thread goes on for ever), ``full`` (the
-            disk is), ``ask`` (a request to stop lies in the run folder), ``slow`` (a fifth of a second goes by).
+            disk is), ``ask`` (a request to stop lies in the run folder), ``slow`` (a second goes by), ``hold``
+            (it waits until the file ``GO`` is among the marks).
     """
 
     where: str
@@ -74,7 +77,9 @@ def strike(fault: Fault, marks: Path, folder: Path) -> None:
             (folder / stopping.NAME).touch()
             time.sleep(2 * stopping.POLL_S)
         case "slow":
-            time.sleep(0.2)
+            time.sleep(1.0)
+        case "hold":
+            wait((marks / GO).exists)
         case how:
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
@@ -152,7 +157,7 @@ def executed(marks: Path) -> Counter[int]:
 
 
 def struck(marks: Path) -> set[str]:
-    return {file.name for file in marks.iterdir() if not file.name.startswith("executed-")}
+    return {file.name for file in marks.iterdir() if not file.name.startswith(("executed-", GO))}
 
 
 # ------------------------------------------------------------------------------------------ what must be true
@@ -231,9 +236,9 @@ def driver(
         )  # fmt: skip
 
 
-def slowly(steps: int) -> list[Fault]:
-    """A plan for a run that can be caught: every step takes a while."""
-    return [Fault("step", step, how="slow") for step in range(1, steps + 1)]
+def slowly(first: int, last: int) -> list[Fault]:
+    """A plan for a run that can be caught: each of these steps takes a second, so that the last are never reached."""
+    return [Fault("step", step, how="slow") for step in range(first, last + 1)]
 
 
 def trial_work(marks: Path, job: Any, report: Any) -> Any:
@@ -246,7 +251,7 @@ def trial_work(marks: Path, job: Any, report: Any) -> Any:
     def counted(step: Step, number: int, *given: Any) -> Any:
         with (marks / f"{job.name}.{os.getpid()}").open("a") as file:
             file.write(f"{number + 1}\n")
-        time.sleep(0.04)
+        time.sleep(0.08)
         return call(step, number, *given)
 
     Step.__call__ = counted  # type: ignore[method-assign, assignment]
@@ -256,16 +261,23 @@ def trial_work(marks: Path, job: Any, report: Any) -> Any:
         Step.__call__ = call  # type: ignore[method-assign]
 
 
+def planned_job(real: Callable[..., str], *given: Any) -> str:
+    """The entry point of a job that has our own plan: tests of this machine, and the code that was sent."""
+    command = real(*given).replace("-m pipelines", f"-m tests.faults {shlex.join(sys.argv[1:3])}", 1)
+    return command.replace("exec", f"exec env PYTHONPATH={shlex.quote(str(ROOT))}", 1)
+
+
 def main(marks: Path, plan: Sequence[Fault], arguments: Sequence[str]) -> None:
-    from pipelines import cli, search
+    from pipelines import cli, jobs, search
 
     marks.mkdir(parents=True, exist_ok=True)
+    jobs.entrypoint = functools.partial(planned_job, jobs.entrypoint)
     search.run.__kwdefaults__["work"] = functools.partial(trial_work, marks)  # type: ignore[index]
     worker.task = planned(plan, marks)
     cli.main(arguments)
 
 
-def wait(ready: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, limit: float = 150.0) -> None:
+def wait(ready: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, limit: float = 240.0) -> None:
     """Until something is so; a process that ends meanwhile is a failure."""
     until = time.monotonic() + limit
     while not ready():

@@ -67,9 +67,9 @@ class Case:
     forget: int = 12
     checkpointing: bool = False
 
-    def config(self, layout: Layout, folder: str) -> RunConfig:
+    def config(self, layout: Layout, folder: str, lr: float = 1e-3) -> RunConfig:
         base = small.config(
-            STEPS, objective=self.objective, batch_size=self.batch, evaluate_every=STEPS,
+            STEPS, objective=self.objective, lr=lr, batch_size=self.batch, evaluate_every=STEPS,
             train={
                 "strategy": layout.strategy, "workers": layout.workers, "micro_batch": layout.micro,
                 "activation_checkpointing": self.checkpointing and layout.workers > 1,
@@ -124,7 +124,8 @@ Trace = tuple[torch.Tensor, list[dict[str, float]]]
 
 def _run(case: Case, layout: Layout, group: Group, folder: str, dtype: torch.dtype, sgd: bool) -> Trace:
     """Final trained weights and the metrics of every step."""
-    config = case.config(layout, folder)
+    # SGD's updates must be well above the rounding of the weights themselves
+    config = case.config(layout, folder, 0.02 if sgd else 1e-3)
     rows = small.token_rows()
 
     def start() -> Any:
@@ -141,7 +142,7 @@ def _run(case: Case, layout: Layout, group: Group, folder: str, dtype: torch.dty
         frozen=other,
     )  # fmt: skip
     if sgd:
-        run.step.optimizer = torch.optim.SGD(run.step.parameters, lr=0.1)  # type: ignore[assignment]
+        run.step.optimizer = torch.optim.SGD(run.step.parameters)  # type: ignore[assignment]
     assert run().steps == STEPS
     model = run.step.model.module if hasattr(run.step.model, "module") else run.step.model
     names = {n for n, p in model.named_parameters() if p.requires_grad}

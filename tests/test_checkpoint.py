@@ -205,3 +205,10 @@ def test_state_is_plain_json(tmp_path: Path) -> None:
     names = {f.name for f in folder.iterdir()}
     assert names == {*state["files"], "state.json"}
     assert all(name.endswith((".safetensors", ".json")) for name in names), "nothing that could be a pickle"
+
+
+def test_files_are_readable_as_other_new_files_are(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    small.build(small.config(5), small.model(), folder=tmp_path / "run")()
+    modes = {f.name: f.stat().st_mode for f in (tmp_path / "run" / "step-00000005").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "other").stat().st_mode}

@@ -17,14 +17,14 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from pipelines import alive
-folder, first, progress = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+folder, first, progress, beats = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 alive.START_S = first
-with alive.watched(folder, 0, 0.5):
+with alive.watched(folder, 0, 2.0):
     if progress != "never":
         alive.beat()
     file = folder / "checkpoints" / ".part-1" / "model.safetensors"
     file.parent.mkdir(parents=True)
-    for number in range(15):
+    for number in range(beats):
         time.sleep(0.1)
         if progress == "batches":
             alive.beat()
@@ -37,35 +37,40 @@ print("whole")
 """
 
 
-def run(folder: Path, first: float, progress: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(first), progress]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+CASES = [
+    (1.0, "batches", True),
+    (1.0, "bytes", True),
+    (1.0, "another", True),
+    (60.0, "never", True),
+    (1.0, "never", False),
+    (60.0, "one", False),
+]
+"""Seconds for the first sign of life, what makes progress, and whether the process lives."""
 
 
-@pytest.mark.parametrize(
-    ("first", "progress", "lives"),
-    [
-        (0.5, "batches", True),
-        (0.5, "bytes", True),
-        (0.5, "another", True),
-        (60.0, "never", True),
-        (0.5, "never", False),
-        (60.0, "one", False),
-    ],
-)
-def test_a_process_lives_while_any_rank_makes_progress(
-    tmp_path: Path, first: float, progress: str, lives: bool
-) -> None:
-    done = run(tmp_path, first, progress)
-    if lives:
-        assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
-        assert alive.hung(tmp_path) == []
-        assert progress == "another" or not (tmp_path / alive.NAME).exists()
-    else:
-        assert done.returncode == -signal.SIGKILL
-        assert "rank 0: no progress for 0.5 s" in done.stderr
-        assert alive.hung(tmp_path) == [0]
-        assert alive.hung(tmp_path) == []
+def start(folder: Path, first: float, progress: str, lives: bool) -> subprocess.Popen[str]:
+    folder.mkdir()
+    beats = 40 if lives else 400  # twice the time-out; as long as it may take to be killed
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(first), progress, str(beats)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_process_lives_while_any_rank_makes_progress(tmp_path: Path) -> None:
+    """All at once: they wait for most of their time."""
+    running = [start(tmp_path / str(number), *case) for number, case in enumerate(CASES)]
+    ended = [process.communicate(timeout=90) for process in running]
+    for number, (case, process, (said, errors)) in enumerate(zip(CASES, running, ended, strict=True)):
+        folder, (_, progress, lives) = tmp_path / str(number), case
+        if lives:
+            assert (process.returncode, said) == (0, "whole\n"), (case, errors)
+            assert alive.hung(folder) == []
+            assert progress == "another" or not (folder / alive.NAME).exists()
+        else:
+            assert process.returncode == -signal.SIGKILL, case
+            assert "rank 0: no progress for 2 s" in errors
+            assert alive.hung(folder) == [0]
+            assert alive.hung(folder) == []
 
 
 def test_every_batch_counts() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from pipelines import journal, settings, unlearn
 from tests import faults
+from tests.faults import Fault
 from tests.ray_head import Head, start_node
 from tests.study import Study
 
@@ -40,18 +41,23 @@ def nodes() -> Iterator[tuple[str, list[Any], ExitStack]]:
 
 
 class Loss(threading.Thread):
-    """Takes a machine away once the run has reached a step; puts another in its place where asked to."""
+    """Takes a machine away while both workers are in step 7; puts another in its place where asked to."""
+
+    PLAN = (Fault("step", 7, rank=0, how="hold"), Fault("step", 7, rank=1, how="hold"))
 
     def __init__(self, nodes: list[Any], address: str, folder: Path, replace: bool, stack: ExitStack) -> None:
         super().__init__(daemon=True)
         self.nodes, self.address, self.folder, self.replace, self.stack = nodes, address, folder, replace, stack
+        self.marks = folder.parent / "marks"
         self.done = False
 
     def run(self) -> None:
-        faults.wait(lambda: faults.reached(self.folder, 6))
+        faults.wait(lambda: all((self.marks / fault.name).exists() for fault in self.PLAN))
         raylet = psutil.Process(self.nodes.pop().all_processes["raylet"][0].process.pid)
         for process in (raylet, *raylet.children(recursive=True)):
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # a worker whose raylet is gone leaves by itself
+                process.kill()
+        (self.marks / faults.GO).touch()
         if self.replace:
             time.sleep(3)  # the run has to wait
             self.stack.enter_context(start_node(Head("", self.address, {})))
@@ -61,8 +67,9 @@ class Loss(threading.Thread):
 def lose_a_node(patch: pytest.MonkeyPatch, study: Study, loss: Loss, *given: str) -> None:
     folder = loss.folder
     loss.start()
-    patch.setattr(unlearn.worker, "task", faults.planned(faults.slowly(12), folder.parent / "marks"))
+    patch.setattr(unlearn.worker, "task", faults.planned(loss.PLAN, loss.marks))
     unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2", *given), say=lambda line: None)
+    loss.join(120)
     assert loss.done
     faults.each_once(folder, 12, [0, 6, 12])
     faults.tracked_once(folder, 12, faults.store_of(study))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,7 +33,9 @@ class Shaken:
 
     def __init__(self, study: Study, place: Path) -> None:
         self.study, self.folder, self.marks, self.log = study, place / "run", place / "marks", place / "log"
+        self.marks.mkdir()
         self.kept: dict[str, int] = {}
+        self.killed: list[str] = []
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         arguments = ["search", "-c", str(self.study.config), "--output", str(self.folder), *more]
@@ -48,19 +52,47 @@ class Shaken:
         now = self.finished()
         assert {name: now.get(name) for name in self.kept} == self.kept, "a finished trial was lost, or ran again"
 
-    def catch(self, finished: int, process: subprocess.Popen[bytes]) -> None:
-        """Waits until so many trials are done and one is in the middle."""
-        faults.wait(lambda: len(self.finished()) >= finished and bool(self.running()), process)
-        self.keep()
+    def catch(self, finished: int, process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+        """Waits until so many trials are done and others are in the middle: these."""
+        found: dict[str, psutil.Process] = {}
 
-    def running(self) -> list[psutil.Process]:
-        """Processes in the middle of a trial."""
-        done, found = self.finished(), []
+        def ready() -> bool:
+            nonlocal found
+            found = self.running(process)
+            return bool(found) and len(self.finished()) >= finished
+
+        faults.wait(ready, process)
+        self.keep()
+        return found
+
+    def running(self, driver: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+        """Trials of a driver that are in the middle and were never killed, and their processes."""
+        mine = {process.pid: process for process in psutil.Process(driver.pid).children(recursive=True)}
+        found: dict[str, psutil.Process] = {}
+        done = self.finished()
         for file in sorted(self.marks.iterdir()):
             name, _, pid = file.name.rpartition(".")
-            if name not in done and len(file.read_text().split()) > 2 and psutil.pid_exists(int(pid)):
-                found.append(psutil.Process(int(pid)))
+            if name not in done and name not in self.killed and 2 < len(file.read_text().split()) < STEPS:
+                found |= {name: mine[int(pid)]} if int(pid) in mine else {}
         return found
+
+    def kill(self, draw: random.Random, finished: int, driver: subprocess.Popen[bytes], *more: int) -> None:
+        """Kills the process of a trial in the middle (behind the processes ``more``), with so many trials done.
+
+        It is stopped first, and looked at again: it may have ended its trial meanwhile.
+        """
+        count = len(self.killed)
+        while len(self.killed) == count:
+            name, process = draw.choice(sorted(self.catch(finished, driver).items()))
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+                if name in self.running(driver):
+                    for pid in more:
+                        os.kill(pid, signal.SIGKILL)
+                    process.kill()
+                    self.killed.append(name)
+                else:
+                    process.resume()
 
     def executed(self) -> dict[str, list[list[int]]]:
         """The steps that each trial took, by process."""
@@ -85,18 +117,15 @@ def test_twelve_trials_stopped_once_and_killed_three_times(study: Study, tmp_pat
     shaken.keep()
 
     process = shaken.start("--resume")
-    shaken.catch(4, process)
-    draw.choice(shaken.running()).kill()
-    shaken.catch(6, process)
-    process.kill()
+    shaken.kill(draw, 4, process)
+    shaken.kill(draw, 6, process, process.pid)
     process.wait()
     for name in shaken.executed():  # what was stopped in order went on where it was
         if name in once and len(once[name][0]) < STEPS and len(shaken.executed()[name]) > 1:
             assert shaken.executed()[name][1][:1] in ([len(once[name][0]) + 1], [])
     process = shaken.start("--resume")
-    shaken.catch(8, process)
-    draw.choice(shaken.running()).kill()
-    assert process.wait(200) == 0, shaken.log.read_text()
+    shaken.kill(draw, 8, process)
+    assert process.wait(240) == 0, shaken.log.read_text()
     shaken.check()
     _nothing_is_lost_or_twice(shaken)
     _as_undisturbed(shaken, tmp_path)
@@ -114,7 +143,8 @@ def _nothing_is_lost_or_twice(shaken: Shaken) -> None:
         folder = shaken.folder / "trials" / name
         faults.each_once(folder, STEPS, [0, STEPS])
         faults.tracked_once(folder, STEPS, faults.store_of(shaken.study))
-    assert sum(len(parts) > 1 for parts in executed.values()) >= 3
+    assert len(set(shaken.killed)) == 3
+    assert all(len(executed[name]) > 1 for name in shaken.killed)
 
 
 def _as_undisturbed(shaken: Shaken, place: Path) -> None:

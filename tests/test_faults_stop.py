@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,10 +33,10 @@ def calm(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_resume_goes_on_from_it(study: Study, calm: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
-    process = faults.driver(words(study, folder), study, log, faults.slowly(12))
+    process = faults.driver(words(study, folder), study, log, faults.slowly(6, 12))
     faults.wait(lambda: faults.reached(folder, 5), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    assert process.wait(90) == 130
     last = checkpoint.latest(folder / "checkpoints")
     assert last is not None
     assert last.step == max(journal.load(folder).metrics)
@@ -59,8 +56,8 @@ def test_what_takes_longer_than_the_grace_period_ends_anyway(study: Study, tmp_p
     plan = [Fault("step", 6, how="loop")]
     process = faults.driver(words(study, folder, "train.grace=2"), study, log, plan)
     faults.wait((tmp_path / "marks" / "step-6-0").exists, process)
-    process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     assert time.monotonic() - begun > 2
     assert "no checkpoint within 2 s" in log.read_text()
@@ -94,10 +91,10 @@ def test_a_request_is_taken_where_something_runs_and_once(tmp_path: Path, handle
         assert stopping.asked()
         assert poll()
         assert not stopping.ask(), "the second time it is an interrupt"
-        faults.wait(lambda: (tmp_path / stopping.NAME).exists(), limit=5)
+        faults.wait(lambda: (tmp_path / stopping.NAME).exists(), limit=15)
         stopping._State.asked = False  # as in another process
-        faults.wait(elsewhere, limit=5)
-        faults.wait(lambda: handler == [signal.SIGTERM], limit=5)
+        faults.wait(elsewhere, limit=15)
+        faults.wait(lambda: handler == [signal.SIGTERM], limit=15)
     assert [line.partition(":")[0] for line in said] == ["asked to stop", "no checkpoint within 0.3 s"]
     assert not (tmp_path / stopping.NAME).exists()
     assert not stopping.ask()
@@ -112,7 +109,7 @@ def test_a_request_reaches_workers_through_shared_storage(tmp_path: Path, handle
     with stopping.listening(folder, 30, lambda line: None, storage):
         assert not stopping.polled(storage=storage)()
         assert stopping.ask()
-        faults.wait(lambda: storage.read(stopping.NAME) is not None, limit=5)
+        faults.wait(lambda: storage.read(stopping.NAME) is not None, limit=15)
         stopping._State.asked = False
         assert stopping.polled(storage=storage)()
     assert storage.read(stopping.NAME) is None
@@ -131,31 +128,28 @@ def test_a_job_outlives_its_client_and_is_stopped_and_sent_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    given = ["unlearn.steps=300", "unlearn.evaluate_every=300", "train.checkpoint_every=100"]
+    given = ["unlearn.steps=150", "unlearn.evaluate_every=150", "train.checkpoint_every=200"]
     calm, folder = tmp_path / "calm", tmp_path / "run"
     unlearn.run(study.load(calm, *given), say=lambda line: None)
     job = ["unlearn", "-c", str(study.config), "--output", str(folder), "--tracking-uri", faults.store_of(study)]
     job += [word for each in given for word in ("--set", each)]
-    client = subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "submit", "--address", ray_head.address, *job],
-        env={**os.environ, **study.environment}, stdout=(tmp_path / "log").open("wb"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    faults.wait(lambda: faults.reached(folder, 1), client, 200)
+    command = ["submit", "--address", ray_head.address, *job]
+    client = faults.driver(command, study, tmp_path / "log", faults.slowly(2, 150))  # minutes, were it left alone
+    faults.wait(lambda: faults.reached(folder, 1), client)
     client.kill()
     client.wait()
     at = max(journal.load(folder).metrics)
-    faults.wait(lambda: faults.reached(folder, at + 5))
+    faults.wait(lambda: faults.reached(folder, at + 3))
     found = _only_job(ray_head)
     jobs.stop(found, address=ray_head.address)
     assert jobs.status(found, address=ray_head.address)["status"] == "STOPPED"
     last = checkpoint.latest(folder / "checkpoints")
     assert last is not None
-    assert last.step == max(journal.load(folder).metrics) < 300
-    assert last.step % 100 != 0, "written for the stop"
+    assert last.step == max(journal.load(folder).metrics) < 150, "the only one: written for the stop"
     again = jobs.submit([*job, "--resume"], address=ray_head.address, wait=True, say=lambda line: None)
     assert again["status"] == "SUCCEEDED"
     assert faults.same_weights(calm, folder)
-    faults.each_once(folder, 300, [0, 300])
+    faults.each_once(folder, 150, [0, 150])
 
 
 def _only_job(head: Head) -> str:

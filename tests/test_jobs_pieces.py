@@ -264,6 +264,50 @@ def test_the_commit_is_among_the_variables_of_a_job(tmp_path: Path, monkeypatch:
     assert sent["runtime_env"]["env_vars"] == {**jobs.ENVIRONMENT, "GRU_COMMIT": "abcdef1"}
 
 
+class Slow:
+    """A cluster, its client and a clock: the job, given a time to stop, ends so many seconds after it was asked to."""
+
+    def __init__(self, ends: float, runtime_env: dict[str, Any]) -> None:
+        self.ends, self.runtime_env, self.now = ends, runtime_env, 0.0
+        self.address, self.client, self.stop_job = "http://h:1", self, lambda job: True
+
+    def get_job_info(self, job: str) -> Any:
+        from ray.dashboard.modules.job.pydantic_models import JobDetails
+
+        status = "STOPPED" if self.now >= self.ends else "RUNNING"
+        words = {"type": "SUBMISSION", "submission_id": job, "entrypoint": "true", "runtime_env": self.runtime_env}
+        return JobDetails(status=status, **words)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("ends", "runtime_env", "stopped"),
+    [
+        (619, {"env_vars": jobs.environment(600)}, True),
+        (700, {"env_vars": jobs.environment(600)}, False),
+        (49, {}, True),
+        (49, {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "<redacted>"}}, True),
+        (100, {}, False),
+    ],
+)
+def test_a_stopped_job_has_the_time_that_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, ends: float, runtime_env: dict[str, Any], stopped: bool
+) -> None:
+    slow = Slow(ends, runtime_env)
+    monkeypatch.setattr(clusters, "connect", lambda address: slow)
+    monkeypatch.setattr(jobs, "time", slow)
+    if stopped:
+        assert jobs.stop("job", address=None)["stopped"]
+    else:
+        with pytest.raises(RuntimeError, match=r"job was asked to stop .* and still runs"):
+            jobs.stop("job", address=None)
+
+
 # ------------------------------------------------------------------------------------ what the cluster says
 
 

@@ -167,6 +167,14 @@ def test_pods_run_the_command_and_config_that_were_given() -> None:
     assert runtime == {"env_vars": {**jobs.ENVIRONMENT, "GRU_CACHE": "/shared/gru-cache"}}
 
 
+def test_a_longer_grace_period_reaches_ray_and_kubernetes() -> None:
+    """Ray kills a job 20 seconds behind its grace period, and Kubernetes a pod after that."""
+    _, job = made("unlearn", *SMALL, "--set", "train.workers=2", "--set", "train.grace=120.5")
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "141"
+    for template in (spec(job)["headGroupSpec"], group(job)):
+        assert template["template"]["spec"]["terminationGracePeriodSeconds"] > 141
+
+
 @pytest.mark.slow
 def test_the_entry_point_starts_the_command(tmp_path: Path) -> None:
     """The printed words, in a shell, with the printed config: refused only for what is not here."""

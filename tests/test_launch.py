@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from gru_core.config import EvaluateConfig, RunConfig, TrainConfig
 from gru_core.errors import ConfigError, InputError, StorageError
 from gru_core.parallel import Group
-from pipelines import capacity, cli, exits, inputs, launch, ray_start, worker
+from pipelines import alive, capacity, cli, exits, inputs, launch, ray_start, worker
 
 ONE = TrainConfig(workers=1, gpus_per_worker=0)
 SETTINGS = {"threads": 1, "gpus": 0, "folder": Path("unused"), "hang_timeout": 600.0}
@@ -293,6 +293,9 @@ def test_forget_quality_alone_is_a_baseline(monkeypatch: pytest.MonkeyPatch) -> 
 
     def evaluate(model: Any, tokenizer: Any, benchmark: Any, config: EvaluateConfig, *args: Any, **more: Any) -> Any:
         asked.append(config.metrics)
+        before = alive._beats
+        model(torch.zeros(1, 1))
+        assert alive._beats == before + 1, "a long scoring of the starting model would count as a hang"
         return SimpleNamespace(measurements={})
 
     monkeypatch.setattr(inputs, "evaluate", evaluate)

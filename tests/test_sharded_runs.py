@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gru_core.errors import InputError
+from pipelines import unlearn
 from tests.study import Study, final_weights, gru
 
 SETTINGS = ["unlearn.steps=8", "unlearn.evaluate_every=4", "train.checkpoint_every=4"]
@@ -90,10 +92,16 @@ def test_export_refuses_what_it_cannot_do(study: Study, plain: Path, tmp_path: P
     for words, line in (
         ([str(tmp_path / "nothing")], "no run there"),
         ([str(plain), "--merged"], "trained no adapter"),
-        ([str(plain), "--step", "5"], "--step: got 5, whole checkpoints there: 4, 8"),
+        ([str(plain), "--step", "5"], "--step: got 5, checkpoints there: 4, 8"),
         ([str(plain), "--output", str(tmp_path / "full")], "exists and is not empty"),
     ):
         done = gru(["export", *words], study.environment)
         assert done.returncode == 2
         assert line in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_adapters_that_fit_no_layer_are_refused_before_anything_is_written(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^model.lora.targets: got 'query', allowed: down_proj, .*v_proj$"):
+        unlearn.run(study.load(tmp_path / "run", "model.lora.targets=[query]"), say=lambda line: None)
+    assert not (tmp_path / "run").exists()

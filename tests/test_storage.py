@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,10 +20,11 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gru_core.errors import InputError, StorageError
 from gru_core.parallel import Group
-from pipelines import journal, storage, unlearn
+from pipelines import alive, export, journal, output, stopping, storage, unlearn
 from pipelines.keeper import Keeper
 from pipelines.mirror import Mirror
 from pipelines.storage import Storage
@@ -145,6 +148,157 @@ def test_a_storage_that_cannot_be_used_is_told_before_anything_is_written(study:
     assert not (tmp_path / "run").exists()
 
 
+class _Store:
+    """Stands for an object store's file system: closing a stream publishes what was written so far."""
+
+    def __init__(self, **objects: bytes) -> None:
+        self.objects = objects
+
+    def open_output_stream(self, path: str) -> Any:
+        store = self
+
+        class Stream(io.BytesIO):
+            def close(self) -> None:
+                if not self.closed:
+                    store.objects[path] = self.getvalue()
+                super().close()
+
+        return Stream()
+
+    def delete_file(self, path: str) -> None:
+        del self.objects[path]
+
+
+class _Torn(io.BytesIO):
+    """A file on a disk that fails after its first bytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell():
+            raise OSError("the disk failed")
+        return super().read(3)
+
+
+def test_an_upload_that_breaks_off_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, file = Storage("s3://study/x"), tmp_path / "file"
+    file.write_bytes(b"whole content")
+    small, large = _Store(file=b"before"), _Store()
+    assert there._put(small, "file", file) == 13
+    assert small.objects == {"file": b"whole content"}
+
+    def failing(path: Path) -> bytes:
+        raise OSError("the disk failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(OSError, match="the disk failed"):
+            there._put(small, "file", file)
+    assert small.objects == {"file": b"whole content"}, "what stood there is still there"
+    monkeypatch.setattr(storage, "_SMALL", 5)
+    assert there._put(large, "file", file) == 13
+    assert large.objects == {"file": b"whole content"}
+    monkeypatch.setattr(Path, "open", lambda path, mode: _Torn(b"whole content"))
+    with pytest.raises(OSError, match="the disk failed"):
+        there._put(large, "file", file)
+    assert large.objects == {}
+    monkeypatch.setattr(storage, "WAITS", ())
+    with pytest.raises(StorageError, match="the disk failed"):
+        Storage(f"{tmp_path}/folder").push(tmp_path, ["file"])
+    assert [p for p in (tmp_path / "folder").rglob("*") if p.is_file()] == []
+
+
+def test_an_interrupt_waits_for_the_upload_of_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("whole")
+    put = Storage._put
+
+    def slow(self: Storage, *given: Any) -> int:
+        time.sleep(0.1)  # until the main thread waits
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        return put(self, *given)
+
+    monkeypatch.setattr(Storage, "_put", slow)
+    there = Storage(f"{tmp_path}/there")
+    with pytest.raises(KeyboardInterrupt):
+        there.push(tmp_path, ["a"])
+    assert there.read("a") == b"whole"
+
+
+def test_what_a_killed_check_left_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / ".gru-check-0123abcd").write_text("gru")
+    assert Storage(str(tmp_path)).names() == {}
+    assert output.examine(tmp_path / "run", overwrite=False, resume=False, storage=Storage(str(tmp_path)))
+
+
+def test_a_local_journal_of_another_run_is_refused_while_the_storage_has_none(tmp_path: Path) -> None:
+    there, folder = tmp_path / "there", tmp_path / "run"
+    there.mkdir()
+    with journal.Journal(folder) as record:
+        record.run("mine", {})
+    copy = Mirror(str(there), folder)
+    (folder / "request.yaml").write_text("unlearn: {steps: 1}\n")
+    (there / "config.yaml").write_text("unlearn: {steps: 9}\n")
+    (folder / "config.yaml").write_text("unlearn: {steps: 9}\n")
+    copy.resume()  # a search that died while it uploaded its first files
+    (there / "request.yaml").write_text("unlearn: {steps: 2}\n")
+    with pytest.raises(InputError, match="holds another run than"):
+        copy.resume()
+    assert (folder / "request.yaml").read_text() == "unlearn: {steps: 1}\n"
+    (there / "request.yaml").write_text("unlearn: {steps: 1}\n")
+    copy.resume()
+
+
+# ---------------------------------------------------------------------------------------- while the storage is away
+
+
+def test_a_storage_that_is_away_holds_up_no_step_and_no_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = threading.Event()
+
+    def hang(error: Exception) -> Callable[..., Any]:
+        def asked(self: Storage, *given: Any) -> Any:
+            away.wait(20)
+            raise error
+
+        return asked
+
+    monkeypatch.setattr(Storage, "has", hang(OSError("away")))
+    monkeypatch.setattr(Storage, "push", hang(StorageError("away")))
+    monkeypatch.setattr(stopping, "FIRST_S", 0.1)
+    monkeypatch.setattr(stopping, "STORAGE_S", 0.0)
+    heard: list[float] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(time.monotonic()))
+    there, home = Storage(f"{tmp_path}/there"), tmp_path / "run"
+    (home / storage.WORK).mkdir(parents=True)
+    try:
+        poll = stopping.polled(home / storage.WORK, storage=there)
+        began = time.monotonic()
+        assert not any(poll() for _ in range(50))
+        assert time.monotonic() - began < 5, "the storage would have taken 20 s for each look"
+        with stopping.listening(home, 0.5, say, there):
+            asked = time.monotonic()
+            assert stopping.ask()
+            while not heard and time.monotonic() < asked + 10:
+                time.sleep(0.02)
+            stopping._State.asked = False  # as in a worker's process
+            time.sleep(stopping.POLL_S)
+            assert poll(), "found on the driver's machine, without the storage"
+            late = stopping.polled(home / storage.WORK)
+            assert not late(), "what stands there from the start is of a driver that died"
+        assert heard, "the interrupt at the end of the grace period waits for the storage"
+    finally:
+        away.set()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_checkpoint_that_grows_in_the_copy_is_a_sign_of_life(tmp_path: Path) -> None:
+    before = alive._signs(tmp_path)
+    file = tmp_path / storage.WORK / "checkpoints" / ".part-1" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    assert alive._signs(tmp_path) != before
+
+
 # --------------------------------------------------------------------------------------------------- runs
 
 
@@ -161,6 +315,45 @@ def test_a_run_in_storage_is_the_run(study: Study, calm: Path, tmp_path: Path) -
     for name in ("journal.jsonl", "scores.json", "baseline.json", "evaluations/step-00000003.json"):
         assert (there / name).read_bytes() == (folder / name).read_bytes(), name
     once(folder, 6)
+
+
+def test_a_stored_run_is_exported(study: Study, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, folder = tmp_path / "there" / "one", tmp_path / "run"
+    with pytest.raises(_Killed):
+        _killed_at(study, folder, there, "scores.json")  # also a model, which nothing says is whole
+    (folder / "config.yaml").write_bytes((there / "config.yaml").read_bytes())
+    weights = there / "checkpoints" / "step-00000006" / "model.safetensors"
+
+    def exported(run: str, name: str | None, step: int | None) -> dict[str, Any]:
+        return export.run(run, to=name and str(tmp_path / name), step=step, merged=False, say=say)
+
+    for run, name in ((f"file://{there}", "by-uri"), (str(folder), "by-folder")):
+        result = exported(run, name, 4)
+        assert (result["step"], result["source"][-24:]) == (4, "checkpoints/step-00000004"[-24:])
+        kept = load_file(there / "checkpoints" / "step-00000004" / "model.safetensors")
+        assert equal(load_file(tmp_path / name / "model.safetensors"), kept)
+    monkeypatch.chdir(tmp_path)
+    assert exported(f"file://{there}", None, None)["model"] == str(tmp_path / "export-one")
+    assert equal(load_file(tmp_path / "export-one" / "model.safetensors"), load_file(weights))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert exported(f"file://{there}", "older", None)["step"] == 4
+    for run, step, line in (
+        (f"file://{there}", 5, "--step: got 5, checkpoints there: 4, 6"),
+        (f"file://{there}", 6, "--step: checkpoint 6 is damaged; checkpoints there: 4, 6"),
+        (f"file://{tmp_path}/nothing", None, "no run there"),
+    ):
+        with pytest.raises(InputError, match=line):
+            exported(run, "refused", step)
+
+    def killed(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copytree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export.run(str(calm), to=str(tmp_path / "refused"), step=None, merged=False, say=say)
+    assert not [p for p in tmp_path.iterdir() if "refused" in p.name]
 
 
 def test_another_run_in_the_way_is_told(study: Study, tmp_path: Path) -> None:
@@ -459,6 +652,31 @@ def _no_secrets(*folders: Path) -> None:
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 5
     assert [file for file in files if b"planted-" in file.read_bytes()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_on_s3_is_killed_and_resumed_elsewhere(bucket: str, study: Study, tmp_path: Path) -> None:
+    """In one process, with SIGKILL; what is left is the bucket alone."""
+    short = ("unlearn.steps=30", "unlearn.evaluate_every=15", "train.checkpoint_every=3", "evaluate.rows=4")
+    kept, there = f"output.storage={bucket}/single", Storage(f"{bucket}/single")
+    unlearn.run(study.load(tmp_path / "quiet", *short), say=say)
+    words = ["unlearn", "-c", str(study.config), "--output", str(tmp_path / "first")]
+    for each in (*short, kept):
+        words += ["--set", each]
+    _kill_when(lambda: there.read("checkpoints/step-00000006/state.json") is not None, words, study.environment)
+    assert there.read("scores.json") is None, "the run was over before it was killed"
+    _no_secrets(tmp_path / "first", study.folder)
+    shutil.rmtree(tmp_path / "first")
+    said: list[str] = []
+    unlearn.run(study.load(tmp_path / "second", *short, kept), resume=True, say=said.append)
+    assert [line for line in said if ", from step " in line]
+    assert equal(final_weights(tmp_path / "quiet"), final_weights(tmp_path / "second"))
+    assert journal.points(tmp_path / "quiet") == journal.points(tmp_path / "second")
+    once(tmp_path / "second", 30)
+    there.pull(tmp_path / "all", there.names())
+    assert equal(final_weights(tmp_path / "all"), final_weights(tmp_path / "second"))
+    _no_secrets(tmp_path / "second", tmp_path / "all", study.folder)
 
 
 @pytest.mark.slow
