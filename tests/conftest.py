@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,22 @@ def _one_thread() -> None:
 def _interrupts() -> None:
     """Ctrl-C as a terminal has it: a shell's background job starts with it ignored, and Ray leaves its own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ask_for_tokens(mode: str | None) -> None:
+    """Sets ``RAY_AUTH_MODE`` for this process and the Ray that it has imported, which remembers what it read."""
+    os.environ.pop("RAY_AUTH_MODE", None)
+    if mode is not None:
+        os.environ["RAY_AUTH_MODE"] = mode
+    if raylet := sys.modules.get("ray._raylet"):
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_as_new() -> Iterator[None]:
+    """``ray.init`` switches tokens on in the environment for good; the next module starts without that."""
+    before = os.environ.get("RAY_AUTH_MODE")
+    ask_for_tokens(before)
+    yield
+    ask_for_tokens(before)

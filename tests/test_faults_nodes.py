@@ -14,6 +14,7 @@ import pytest
 
 from pipelines import journal, settings, unlearn
 from tests import faults
+from tests.conftest import ask_for_tokens
 from tests.faults import Fault
 from tests.ray_head import Head, start_node
 from tests.study import Study
@@ -30,7 +31,7 @@ def nodes() -> Iterator[tuple[str, list[Any], ExitStack]]:
     small: Any = {"object_store_memory": 80_000_000}
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         faults.switches(patch)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ask_for_tokens("disabled")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
         stack.callback(cluster.shutdown)
         found = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]

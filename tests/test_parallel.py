@@ -39,9 +39,9 @@ def test_every_layout_takes_the_steps_of_one_process() -> None:
 
 @pytest.mark.slow
 def test_in_single_precision_too() -> None:
-    """fp32 under SGD, on the cells with the retain gradient and all layouts."""
-    cells = [i for i, (c, layouts) in enumerate(invariance.matrix()) if layouts is invariance.ALL or c.retain == "kl"]
-    found = invariance.measure("fp32-sgd", cells[:3])
+    """fp32 under SGD, for the rectified step with each objective and retain loss."""
+    chosen = [i for i, (c, _) in enumerate(invariance.matrix()) if c.rule == "gru" and not c.lora and c.forget == 12]
+    found = invariance.measure("fp32-sgd", chosen)
     worst = max(found, key=lambda d: d.weights)
     assert worst.weights < 1e-5, f"{worst.case}, {worst.layout}: {worst.weights:.1e} of the update's norm"
 

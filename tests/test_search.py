@@ -219,7 +219,7 @@ def test_no_file_of_a_search_holds_a_password(tmp_path: Path, monkeypatch: pytes
     plain = fakes.study(tmp_path / "out", **{"search.trials": 3})
     secret = settings.with_values(plain, {"track.uri": "postgresql://user:hunter2@db/mlflow"})
     given: list[str] = []
-    monkeypatch.setattr(search_checks.tracking, "check", given.append)
+    monkeypatch.setattr(search_checks.tracking, "check", lambda uri, say: given.append(uri))
     monkeypatch.setattr(search, "Courier", lambda uri, *_, **__: given.append(uri) or nullcontext())
     monkeypatch.setattr(search, "_frontier", lambda folder, uri, say: given.append(uri) or {})
     run(secret)
