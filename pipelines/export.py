@@ -47,7 +47,8 @@ def run(run: str, *, to: str | None, step: int | None, merged: bool, say: Say) -
         merged: of a run with adapters, the whole model with its adapter merged in, not the adapter.
 
     Returns:
-        ``{"model", "source", "step", "kind", "bytes"}``; ``step`` is None for a finished model.
+        ``{"model", "source", "step", "kind", "base", "bytes"}``; ``step`` is None for a finished model, ``base``
+        names the model that an adapter needs.
 
     Raises:
         InputError: no run there, no such checkpoint, nothing to merge, or the new folder is not empty.
@@ -74,7 +75,9 @@ def run(run: str, *, to: str | None, step: int | None, merged: bool, say: Say) -
             _write(source.held, config, part, merged)
     kind = "model" if config.model.lora is None else "merged model" if merged else "adapter"
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return {"model": str(target), "source": source.where, "step": source.step, "kind": kind, "bytes": size}
+    base = config.model.path if kind == "adapter" else None
+    found = {"model": str(target), "source": source.where, "step": source.step, "kind": kind}
+    return found | {"base": base, "bytes": size}
 
 
 @contextmanager

@@ -83,6 +83,7 @@ def run(
         "parameters": planner.shape.parameters,
         "trained": planner.shape.trained,
         "gpus": workers,
+        "steps": config.unlearn.steps,
         "gpu": asdict(device) | {"bandwidth": planner.bandwidth},
         "tokens": {"mean": lengths.mean, "longest": lengths.longest, "answer": lengths.answer},
         "as_configured": planner.as_configured(),
@@ -202,11 +203,13 @@ def lines(document: Mapping[str, Any]) -> list[str]:
         f"on {document['gpus']} GPU(s) of {room}, as configured: {_named(given)}",
     ]
     memory = given["memory"]
-    out += [f"  {label:<22}{memory[name] / GIB:9.2f} GiB" for name, label in PARTS.items() if memory[name]]
-    out.append(f"  {'peak, of each GPU':<22}{memory['total'] / GIB:9.2f} GiB: {_verdict(given, room)}")
-    out.append(f"  {'evaluation':<22}{memory['evaluation'] / GIB:9.2f} GiB in place of gradients and activations")
+    out += [f"  {label:<22}{amount(memory[name])}" for name, label in PARTS.items() if memory[name]]
+    out.append(f"  {'peak, of each GPU':<22}{amount(memory['total'])}: {_verdict(given, room)}")
+    out.append(f"  {'evaluation':<22}{amount(memory['evaluation'])} in place of gradients and activations")
     if memory["host"]:
-        out.append(f"  {'host memory':<22}{memory['host'] / GIB:9.2f} GiB for each worker")
+        out.append(f"  {'host memory':<22}{amount(memory['host'])} for each worker")
+    steps, step = document["steps"], given["seconds"]["step"]
+    out.append(f"{steps} steps of {step:.3g} s: {duration(steps * step)} without evaluation and checkpoints")
     out += [
         "what it could be, each with the largest micro-batch that fits:",
         *report.table(_table(document["candidates"]), _COLUMNS),
@@ -269,6 +272,17 @@ def settings_of(option: Mapping[str, Any], workers: int) -> str:
         "cpu_offload": str(option["cpu_offload"]).lower(),
     }  # fmt: skip
     return " ".join(f"--set train.{key}={value}" for key, value in values.items() if value != "false")
+
+
+def amount(size: float) -> str:
+    """Bytes in a column; what is small beside a GPU still shows."""
+    return f"{size / GIB:9.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:9.2f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """4500 as 1.2 h."""
+    unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if seconds >= s), ("s", 1))
+    return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
 
 
 def count(number: float) -> str:

@@ -38,7 +38,10 @@ def run(document: Mapping[str, Any]) -> list[str]:
 def exported(document: Mapping[str, Any]) -> list[str]:
     """Of ``gru export``."""
     at = f", after step {document['step']}" if document["step"] is not None else ""
-    return [f"{document['kind']}: {document['model']} ({document['bytes'] / 1e6:.1f} MB{at})"]
+    out = [f"{document['kind']}: {document['model']} ({document['bytes'] / 1e6:.1f} MB{at})"]
+    if base := document["base"]:
+        out.append(f"it needs its starting model, {base}; --merged writes one model that stands alone")
+    return out
 
 
 def search(document: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -273,9 +274,19 @@ def test_it_advises_the_simplest_that_fits(tmp_path: Path, gru: Callable[..., tu
     assert "1.24B parameters, all trained" in out
     assert "take: --set train.workers=8 --set train.strategy=ddp --set train.micro_batch=8" in out
     assert "other memory is assumed" in out
+    assert re.search(r"^\d+ steps of \S+ s: \S+ (s|min|h) without evaluation and checkpoints$", out, re.MULTILINE)
     code, out, _ = gru(*small, "--gpus", "1", "--gpu-memory", "6.5")
     assert code == 0
     assert "nothing fits" in out
+
+
+def test_amounts_and_times_are_readable() -> None:
+    sizes = (0, 2**20, 10 * 2**20, 2**34)
+    assert [plan.amount(size).split() for size in sizes] == [
+        ["0.00", "MiB"], ["1.00", "MiB"], ["10.00", "MiB"], ["16.00", "GiB"]
+    ]  # fmt: skip
+    times = [plan.duration(seconds) for seconds in (0.25, 45, 90, 3000, 4320, 360000)]
+    assert times == ["0.25 s", "45 s", "1.5 min", "50 min", "1.2 h", "100 h"]
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ def test_sharded_adapters_are_those_of_one_process(study: Study, tmp_path: Path)
     assert torch.allclose(merged.state_dict()[f"{name}.weight"], start[f"{name}.weight"] + moved, atol=1e-6)
     out = gru(["export", str(two), "--merged", "--output", str(tmp_path / "out"), "--json"], study.environment)
     assert json.loads(out.stdout)["kind"] == "merged model"
+    assert json.loads(out.stdout)["base"] is None
+    out = gru(["export", str(two)], study.environment)
+    assert f"it needs its starting model, {study.folder}" in out.stdout
+    assert "--merged" in out.stdout
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[k], v) for k, v in merged.state_dict().items())
 
