@@ -87,6 +87,21 @@ def answer_nll_and_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tu
     return _scatter(nll_N, labels_BT), _scatter(_hits(logits_NV, targets_N), labels_BT)
 
 
+def answer_standard_scores(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """``(log p_t - mu) / sigma`` of every answer token, (B, T-1), zero off the answer: mu and sigma are the mean and
+    the standard deviation of log p under the model's own next-token distribution, the variance at least 1e-6
+    (Min-K%++, arXiv 2404.02936, equation 3)."""
+    logits_NV, targets_N = _gather(logits_BTV, labels_BT)
+    logp_NV = _precise(logits_NV).log_softmax(-1)
+    p_NV = logp_NV.exp()
+    mu_N = (p_NV * logp_NV).nan_to_num(nan=0.0).sum(-1)  # 0 * -inf: a token that cannot come adds nothing
+    # not the mean square less the squared mean: in float32 their difference has no digits where the model is sure
+    variance_N = (p_NV * (logp_NV - mu_N[:, None]).square()).nan_to_num(nan=0.0).sum(-1)
+    sigma_N = variance_N.clamp(min=1e-6).sqrt()
+    target_N = logp_NV.gather(1, targets_N[:, None]).squeeze(1)
+    return _scatter((target_N - mu_N) / sigma_N, labels_BT)
+
+
 def _hits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     top_N, place_N = logits_NV.max(dim=-1)
     return (place_N == targets_N) & torch.isfinite(top_N)

@@ -17,6 +17,7 @@ from gru_core.metrics import (
     extraction_strength,
     forget_quality,
     measure,
+    membership,
     probability,
     rouge,
     truth_ratio,
@@ -44,6 +45,8 @@ METRICS: dict[str, Metric] = {
     "retain_extraction_strength": extraction_strength.retain,
     "exact_memorization": exact_memorization.forget,
     "retain_exact_memorization": exact_memorization.retain,
+    **utility.METRICS,
+    **membership.METRICS,
 }
 
 
@@ -133,6 +136,8 @@ def evaluate(
         if metric.needs_retain_model and reference is None:
             notes.append(f"{name}: left out, there is no retain model to compare with")
             continue
+        if metric.without_retain_model and reference is None:
+            notes.append(f"{name}: {metric.without_retain_model}, there is none to compare with")
         scores[name] = metric.compute(found, reference)
         scores |= {extra: function(scores[name]) for extra, function in metric.derived.items()}
     if "model_utility" in scores:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gru_core.errors import InputError
+from gru_core.metrics.base import Kind, Measurements, Metric, Need
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm")
 """Each gives one number a row that is lower where the row was seen."""
@@ -48,3 +49,71 @@ def privleak(of_model: float, of_retain: float = UNSEEN, epsilon: float = 0.0) -
     if a_retain + epsilon <= 0:
         raise InputError("privleak: the retain model recognises every forget row (AUC 1), was it trained on them?")
     return 100.0 * (a - a_retain) / (a_retain + epsilon)
+
+
+Attack = Callable[[Measurements, "Measurements | None", str], list[float]]
+"""Scores of the rows of one set, lower where the model knows the row; the second is the retain model's."""
+
+
+def loss(found: Measurements, reference: Measurements | None, name: str) -> list[float]:
+    """Mean NLL of the answer, closing token included."""
+    return [answer.mean_nll for answer in found.answers(name)]
+
+
+def zlib(found: Measurements, reference: Measurements | None, name: str) -> list[float]:
+    """Mean NLL over the compressed length of the answer's text, nats a byte."""
+    rows = zip(found.answers(name), found.tails(name), strict=True)
+    return [answer.mean_nll / tail.compressed for answer, tail in rows]
+
+
+def min_k(found: Measurements, reference: Measurements | None, name: str) -> list[float]:
+    """Min-K% with K = 40."""
+    return [tail.min_k for tail in found.tails(name)]
+
+
+def min_k_plus_plus(found: Measurements, reference: Measurements | None, name: str) -> list[float]:
+    """Min-K%++ with K = 40."""
+    return [tail.min_k_plus_plus for tail in found.tails(name)]
+
+
+def against_reference(found: Measurements, reference: Measurements | None, name: str) -> list[float]:
+    """Mean NLL less that of the retain model."""
+    if reference is None:
+        raise InputError("mia_reference needs the measurements of a retain model (set retain_model)")
+    if [r.id for r in found.rows(name)] != [r.id for r in reference.rows(name)]:
+        raise InputError(f"mia_reference: the retain model was measured on other {name} rows")
+    pairs = zip(found.answers(name), reference.answers(name), strict=True)
+    return [ours.mean_nll - theirs.mean_nll for ours, theirs in pairs]
+
+
+def gradnorm(found: Measurements, reference: Measurements | None, name: str) -> list[float]:
+    """Norm of the gradient of the answer's loss."""
+    return found.gradients(name)
+
+
+def _attack(attack: Attack, *kinds: Kind, compares: bool = False) -> Metric:
+    def compute(found: Measurements, reference: Measurements | None) -> float:
+        return auc(attack(found, reference, "forget"), attack(found, reference, "holdout"))
+
+    needs = tuple(Need(name, kind) for name in ("forget", "holdout") for kind in kinds)
+    return Metric("report", needs, compute, needs_retain_model=compares)
+
+
+def _privleak(found: Measurements, reference: Measurements | None) -> float:
+    """:func:`privleak`; where the retain model recognises every forget row, half a pair of rows less than every."""
+    least = 0.5 / (len(found.rows("forget")) * len(found.rows("holdout")))
+    floor = UNSEEN if reference is None else METRICS["mia_min_k"].compute(reference, None)
+    return privleak(METRICS["mia_min_k"].compute(found, None), min(floor, 1.0 - least))
+
+
+METRICS = {
+    "mia_loss": _attack(loss, "answer"),
+    "mia_zlib": _attack(zlib, "answer", "tail"),
+    "mia_min_k": _attack(min_k, "tail"),
+    "mia_min_k_plus_plus": _attack(min_k_plus_plus, "tail"),
+    "mia_reference": _attack(against_reference, "answer", compares=True),
+    "mia_gradnorm": _attack(gradnorm, "gradient"),
+}
+METRICS["privleak"] = Metric(
+    "report", METRICS["mia_min_k"].needs, _privleak, without_retain_model=f"an AUC of {UNSEEN} for the retain model"
+)
