@@ -93,6 +93,7 @@ class RowScores:
         rouge: ROUGE-L recall of the greedy generation, in [0, 1].
         gradient: mean over the parameter tensors of the L2 norm of the gradient of the answer's mean NLL, closing
             token left out.
+        generation: the generated text, where it was asked for; in no document of :meth:`to_json`.
     """
 
     id: str
@@ -103,6 +104,7 @@ class RowScores:
     rouge: float | None = None
     tail: Tail | None = None
     gradient: float | None = None
+    generation: str | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         names = ("answer", "hits", "paraphrase", "rouge", "tail", "gradient")

@@ -44,11 +44,12 @@ def measure(
     config: EvaluateConfig,
     model_config: ModelConfig,
     group: Group,
+    texts: bool = False,
 ) -> Measurements:
     """Measure ``needs`` on this rank's share of the rows; every rank gets all of them back.
 
     Consumes no random numbers and leaves the model's train mode as it was. All ranks tokenise all rows, so that
-    a bad row is an error on each of them and none is left waiting.
+    a bad row is an error on each of them and none is left waiting. Generated texts are kept with ``texts`` only.
 
     Raises:
         InputError: a row has no answer token within the model's length, or the model cannot generate.
@@ -61,9 +62,9 @@ def measure(
     with _evaluating(plain), bf16, lockstep(model, group) as forward:
         scorer = Scorer(plain, forward, device)
         forced = teacher_forced(scorer, *_asked(mine), _pad_id(tokenizer), config.batch_rows)
-        rouge = _rouges(scorer, tokenizer, mine, config)
+        made = _generated(scorer, tokenizer, mine, config)
     gradients = _gradients(plain, mine, device, model_config)
-    scores = [_row(task, forced, rouge, gradients) for task in mine]
+    scores = [_row(task, forced, made.get(task), gradients.get(task), texts) for task in mine]
     sets: dict[str, list[RowScores]] = {}
     for task, row in zip(tasks, group.gather_shared(scores), strict=True):
         sets.setdefault(task.set, []).append(row)
@@ -128,8 +129,8 @@ def _gradients(
         return dict(zip(asked, gradient_norms(model, [t.encoded.answer for t in asked], device), strict=True))
 
 
-def _rouges(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, float]:
-    """ROUGE-L recall of every task that asks for it; the generated texts end here."""
+def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, str]:
+    """The greedy generation of every task that asks for ROUGE."""
     asked = [t for t in tasks if "rouge" in t.kinds]
     if not asked:
         return {}
@@ -141,8 +142,7 @@ def _rouges(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: Eval
         max_new_tokens=config.max_new_tokens,
         batch_rows=config.batch_rows,
     )
-    texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-    return {t: rouge_l_recall(t.row.answer, text) for t, text in zip(asked, texts, strict=True)}
+    return dict(zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -158,7 +158,7 @@ def _pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _row(task: _Task, forced: Forced, rouge: dict[_Task, float], gradients: dict[_Task, float]) -> RowScores:
+def _row(task: _Task, forced: Forced, made: str | None, gradient: float | None, texts: bool) -> RowScores:
     found = forced.get(task.encoded.answer)
     answer, hits = (found.scores, found.hits) if found and "answer" in task.kinds else (None, None)
     tail = found.tail if found and "tail" in task.kinds else None
@@ -170,7 +170,8 @@ def _row(task: _Task, forced: Forced, rouge: dict[_Task, float], gradients: dict
         hits=hits,
         paraphrase=forced[paraphrase].scores if paraphrase else None,
         perturbed=tuple(forced[p].scores for p in perturbed),
-        rouge=rouge.get(task),
+        rouge=rouge_l_recall(task.row.answer, made) if made is not None else None,
         tail=Tail(*tail, len(zlib.compress(task.row.answer.encode()))) if tail else None,
-        gradient=gradients.get(task),
+        gradient=gradient,
+        generation=made if texts else None,
     )
