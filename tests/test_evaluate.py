@@ -351,13 +351,46 @@ def same(a: Evaluation, b: Evaluation) -> None:
     for name, rows in a.measurements.sets.items():
         for x, y in zip(rows, b.measurements.rows(name), strict=True):
             assert (x.id, x.hits, x.rouge) == (y.id, y.hits, y.rouge)
-            assert x.answer.nll == pytest.approx(y.answer.nll, rel=1e-5, abs=1e-5)
+            if x.answer is not None:
+                assert x.answer.nll == pytest.approx(y.answer.nll, rel=1e-5, abs=1e-5)
+            assert x.tail == (pytest.approx(y.tail, rel=1e-4) if y.tail else None)
             assert [p.nll for p in x.perturbed] == pytest.approx([p.nll for p in y.perturbed], rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 1000])
 def test_batch_size_changes_nothing(llama, tokenizer, bench, found, batch_rows):
     same(found, evaluate(llama, tokenizer, bench, replace(EVERYTHING, batch_rows=batch_rows), ModelConfig()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_rows", [1, 4, 1000])
+def test_sharing_prompts_changes_the_work_and_no_number(
+    request, tokenizer, bench, monkeypatch, family, batch_rows
+) -> None:
+    model = request.getfixturevalue(family)
+    names = ("forget_truth_ratio", "retain_truth_ratio", "extraction_strength", "mia_min_k", "authors_probability")
+    settings = EvaluateConfig(metrics=names, retention="retain_probability", batch_rows=batch_rows)
+    tokens: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: tokens.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        shared = evaluate(model, tokenizer, bench, settings, ModelConfig())
+        count = sum(tokens)
+        monkeypatch.setattr(Scorer, "continues", lambda self: False)
+        same(shared, evaluate(model, tokenizer, bench, settings, ModelConfig()))
+    finally:
+        hook.remove()
+    assert count < 0.8 * (sum(tokens) - count)
+
+
+def test_prompts_are_not_shared_behind_a_window(llama) -> None:
+    assert Scorer.of(llama).continues()
+    windowed = copy.copy(llama)
+    windowed.config = copy.copy(llama.config)
+    windowed.config.sliding_window = 8
+    assert not Scorer.of(windowed).continues()
+    assert not Scorer.of(Bigram(4)).continues()
 
 
 def test_row_order_changes_nothing(llama, tokenizer, bench, found):
