@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,19 @@ def test_overlap_is_counted_and_named_without_texts(tmp_path: Path) -> None:
     assert "forget:2 = retain:2, forget:3 = retain:3" in message
     assert "forget:6 = retain:6, ..." in message
     assert "forget:7" not in message
+
+
+def test_rows_that_no_model_saw(tmp_path: Path) -> None:
+    config = own(tmp_path, [qa("f0"), qa("f1")], [qa(i) for i in range(5)])
+    assert "holdout" not in load_benchmark(config).scored
+    held_out = replace(config, holdout=write(tmp_path / "never.jsonl", [qa("h0"), {"text": f"{SECRET} h1"}]))
+    rows = load_benchmark(held_out).scored["holdout"]
+    assert [(row.id, row.kind) for row in rows] == [("holdout:1", "qa"), ("holdout:2", "text")]
+    for row, where in ((qa("f1"), "forget"), (qa(3), "retain")):
+        write(tmp_path / "never.jsonl", [qa("h0"), row])
+        assert refused(held_out).startswith(f"1 of 2 holdout rows stand in the {where} set too")
+    config = replace(config, holdout=str(tmp_path / "none.jsonl"))
+    assert "none.jsonl does not exist" in refused(config)
 
 
 def test_overlap_needs_the_answer_too(tmp_path: Path) -> None:
