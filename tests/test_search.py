@@ -221,7 +221,7 @@ def test_no_file_of_a_search_holds_a_password(tmp_path: Path, monkeypatch: pytes
     given: list[str] = []
     monkeypatch.setattr(search_checks.tracking, "check", lambda uri, say: given.append(uri))
     monkeypatch.setattr(search, "Courier", lambda uri, *_, **__: given.append(uri) or nullcontext())
-    monkeypatch.setattr(search, "_frontier", lambda folder, uri, say: given.append(uri) or {})
+    monkeypatch.setattr(search, "_frontier", lambda folder, uri, say: given.append(uri) or {"artifacts": ()})
     run(secret)
     assert given == ["postgresql://user:hunter2@db/mlflow"] * 3
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
