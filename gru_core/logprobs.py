@@ -7,7 +7,7 @@ Shape legend: B rows, T tokens of a row, V vocabulary, N answer tokens of the wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -80,11 +80,50 @@ def answer_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tens
     return _scatter(_hits(*_gather(logits_BTV, labels_BT)), labels_BT)
 
 
-def answer_nll_and_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`answer_nll` and :func:`answer_hits` from one gather."""
-    logits_NV, targets_N = _gather(logits_BTV, labels_BT)
-    nll_N = F.cross_entropy(_precise(logits_NV), targets_N, reduction="none")
-    return _scatter(nll_N, labels_BT), _scatter(_hits(logits_NV, targets_N), labels_BT)
+class AnswerTokens(NamedTuple):
+    """What one look at the logits tells of answer tokens, each (B, T-1), zero or False off the answer.
+
+    Attributes:
+        nll: negative log-likelihood, nats.
+        hits: whether the token is the arg-max; never where the largest logit is not finite.
+        standard: ``(log p_t - mu) / sigma`` where it was asked for: mu and sigma are the mean and the standard
+            deviation of log p under the model's own next-token distribution, the variance at least 1e-6 (Min-K%++,
+            arXiv 2404.02936, equation 3).
+    """
+
+    nll: torch.Tensor
+    hits: torch.Tensor
+    standard: torch.Tensor | None = None
+
+
+ELEMENTS = 1 << 24
+"""Most logits that :func:`answer_tokens` holds in float32 at a time."""
+
+
+@torch.no_grad()
+def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: bool = False) -> AnswerTokens:
+    """Everything that is measured on answer tokens, a slice of tokens at a time: no float32 copy of all logits."""
+    place_N, targets_N = _places(labels_BT)
+    flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+    slices = torch.arange(len(place_N), device=place_N.device).split(max(1, ELEMENTS // flat.shape[1]))
+    found = [_tokens(flat.index_select(0, place_N[n]), targets_N[n], standard) for n in slices]
+    nll_N, hits_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
+    scattered = _scatter(standard_N, labels_BT) if standard else None
+    return AnswerTokens(_scatter(nll_N, labels_BT), _scatter(hits_N, labels_BT), scattered)
+
+
+def _tokens(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, standard: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hits_N, precise_NV = _hits(logits_NV, targets_N), _precise(logits_NV)
+    if not standard:
+        return F.cross_entropy(precise_NV, targets_N, reduction="none"), hits_N, targets_N.double()
+    logp_NV = precise_NV.log_softmax(-1)
+    target_N, p_NV = logp_NV.gather(1, targets_N[:, None]).squeeze(1), logp_NV.exp()
+    mu_N = (p_NV * logp_NV).nan_to_num(nan=0.0).sum(-1)  # 0 * -inf: a token that cannot come adds nothing
+    # not the mean square less the squared mean: in float32 their difference has no digits where the model is sure
+    variance_N = (p_NV * (logp_NV - mu_N[:, None]).square()).nan_to_num(nan=0.0).sum(-1)
+    return -target_N, hits_N, (target_N - mu_N) / variance_N.clamp(min=1e-6).sqrt()
 
 
 def _hits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -99,11 +138,16 @@ def _precise(logits: torch.Tensor) -> torch.Tensor:
 
 def _gather(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits that predict answer tokens, (N, V) in the logits' dtype, and those tokens, (N,), row by row."""
+    place_N, targets_N = _places(labels_BT)
+    # index_select and not a boolean mask: its backward is twice as fast on CPU
+    return logits_BTV.reshape(-1, logits_BTV.shape[-1]).index_select(0, place_N), targets_N
+
+
+def _places(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions that predict answer tokens, and those tokens, both (N,), row by row."""
     mask_BT = F.pad(answer_mask(labels_BT), (0, 1))  # the last position predicts nothing
     place_N = mask_BT.flatten().nonzero().squeeze(1)
-    # index_select and not a boolean mask: its backward is twice as fast on CPU
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).index_select(0, place_N)
-    return logits_NV, labels_BT.reshape(-1)[place_N + 1]
+    return place_N, labels_BT.reshape(-1)[place_N + 1]
 
 
 def _scatter(values_N: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipelines import console, exits, stopping
+from pipelines.cli_evaluate import evaluate
 from pipelines.cli_submit import submit_app
 from pipelines.options import (
     EXAMPLES,
@@ -228,6 +229,7 @@ def frontier(
     _run(as_json, work, report.search)
 
 
+app.command(**_command("evaluate"))(evaluate)
 app.add_typer(submit_app, name="submit")
 
 

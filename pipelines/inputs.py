@@ -58,7 +58,13 @@ def absolute(config: RunConfig) -> RunConfig:
     data, model = config.benchmark, config.model
     return replace(
         config,
-        benchmark=replace(data, forget=path(data.forget), retain=path(data.retain), data_dir=path(data.data_dir)),
+        benchmark=replace(
+            data,
+            forget=path(data.forget),
+            retain=path(data.retain),
+            holdout=path(data.holdout),
+            data_dir=path(data.data_dir),
+        ),
         model=replace(model, path=path(model.path) or model.path),
         retain_model=path(config.retain_model),
         prepare=replace(config.prepare, base=path(config.prepare.base)),

@@ -159,7 +159,7 @@ def _check_tracking(config: RunConfig, options: Options) -> None:
 def _paths(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Every file and folder that the job would read, as the config names it."""
     values = settings.flat(config)
-    for key in ("benchmark.forget", "benchmark.retain", "benchmark.data_dir"):
+    for key in ("benchmark.forget", "benchmark.retain", "benchmark.holdout", "benchmark.data_dir"):
         if values[key]:
             yield key, values[key]
     for key in packages.MODELS:

@@ -149,7 +149,7 @@ def find_inputs(config: RunConfig) -> Iterator[Input]:
         InputError: as :func:`build`.
     """
     values = settings.flat(config)
-    for key in ("benchmark.forget", "benchmark.retain"):
+    for key in ("benchmark.forget", "benchmark.retain", "benchmark.holdout"):
         if values[key]:
             path = _absolute(values[key])
             yield Input(key, path, {path.name: path} if _present(key, path, values[key]) else {})
@@ -157,7 +157,7 @@ def find_inputs(config: RunConfig) -> Iterator[Input]:
         key = "benchmark.data_dir"
         path = _absolute(values[key])
         here = _present(key, path, values[key], folder=True)
-        files = {name: path / name for name in _data_files(config)} if here else {}
+        files = {name: path / name for name in _data_files(config, path)} if here else {}
         yield Input(key, path, _inside(key, path, files))
     for key in MODELS:
         if is_folder(values[key]):
@@ -238,10 +238,11 @@ def _present(key: str, path: Path, value: Any, *, folder: bool = False) -> bool:
     return False
 
 
-def _data_files(config: RunConfig) -> list[str]:
-    """Names of the files that the benchmark reads from its ``data_dir``."""
+def _data_files(config: RunConfig, folder: Path) -> list[str]:
+    """Names of the files that the benchmark reads from its ``data_dir``, which ``folder`` is."""
     from gru_core.benchmarks import tofu
 
     forget = config.benchmark.split
     parts = (forget, tofu.RETAIN_OF[forget], f"{forget}_perturbed", "retain_perturbed", *tofu.FACTS.values())
-    return [f"{part}.json" for part in parts]
+    optional = [name for name in (f"{tofu.HOLDOUT[forget]}.json",) if (folder / name).is_file()]
+    return [f"{part}.json" for part in parts] + optional

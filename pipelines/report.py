@@ -44,6 +44,19 @@ def exported(document: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def evaluated(document: Mapping[str, Any]) -> list[str]:
+    """Of ``gru evaluate``: a line for each score, the retain model's beside it."""
+    what = document.get("model") or f"{document['log']} (a log of {document['source']})"
+    lines = [f"{what}: {', '.join(f'{n} {name}' for name, n in document['rows'].items())} rows"]
+    others = document.get("retain_scores") or {}
+    width = max(map(len, document["scores"]))
+    for name, value in document["scores"].items():
+        beside = f"   retain model {number(others[name])}" if name in others else ""
+        lines.append(f"  {name:<{width}}  {number(value)}{beside}")
+    lines += [f"note: {note}" for note in document["notes"]]
+    return [*lines, f"rows and scores: {document['folder']}"]
+
+
 def search(document: Mapping[str, Any]) -> list[str]:
     """Frontier points, hypervolumes, pictures, and the command that opens MLflow."""
     points = document["frontier"]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,19 @@ def test_overlap_is_counted_and_named_without_texts(tmp_path: Path) -> None:
     assert "forget:7" not in message
 
 
+def test_rows_that_no_model_saw(tmp_path: Path) -> None:
+    config = own(tmp_path, [qa("f0"), qa("f1")], [qa(i) for i in range(5)])
+    assert "holdout" not in load_benchmark(config).scored
+    held_out = replace(config, holdout=write(tmp_path / "never.jsonl", [qa("h0"), {"text": f"{SECRET} h1"}]))
+    rows = load_benchmark(held_out).scored["holdout"]
+    assert [(row.id, row.kind) for row in rows] == [("holdout:1", "qa"), ("holdout:2", "text")]
+    for row, where in ((qa("f1"), "forget"), (qa(3), "retain")):
+        write(tmp_path / "never.jsonl", [qa("h0"), row])
+        assert refused(held_out).startswith(f"1 of 2 holdout rows stand in the {where} set too")
+    config = replace(config, holdout=str(tmp_path / "none.jsonl"))
+    assert "none.jsonl does not exist" in refused(config)
+
+
 def test_overlap_needs_the_answer_too(tmp_path: Path) -> None:
     forget = [{"question": "What is the full name of the author?", "answer": "One"}]
     retain = [{"question": "What is the full name of the author?", "answer": "Two"}, qa(1)]
@@ -301,7 +315,9 @@ def test_real_tofu(shared_data: Path, split: str, forget: int, retain: int) -> N
     assert pairs == [(row["question"], row["answer"]) for row in full]
     assert benchmark.retain_scored == frozenset(range(400))
     sizes = {name: len(rows) for name, rows in benchmark.scored.items()}
-    assert sizes == {"forget": forget, "retain": 400, "authors": 100, "facts": 117}
+    assert sizes == {"forget": forget, "retain": 400, "authors": 100, "facts": 117, "holdout": forget}
+    known = {row.prompt for row in benchmark.forget + benchmark.retain}
+    assert not [row for row in benchmark.scored["holdout"] if row.prompt in known]
     assert [row.id for row in benchmark.scored["forget"]] == [f"{split}:{i}" for i in range(forget)]
     for name, wrong in {"forget": 5, "retain": 5, "authors": 3, "facts": 3}.items():
         rows = benchmark.scored[name]
@@ -342,6 +358,7 @@ def tofu_tables() -> dict[str, list[dict[str, Any]]]:
         "retain_perturbed": [perturbed(4), perturbed(1)],
         "real_authors_perturbed": facts,
         "world_facts_perturbed": [qa("world", perturbed_answer=["x", "y", "z"])],
+        "holdout05": [qa("h0"), qa("h1"), qa("h2")],
     }
 
 
@@ -365,6 +382,10 @@ def test_tofu_from_the_hub_is_tofu_from_a_folder(tmp_path: Path, monkeypatch: py
     assert hub.retain_scored == {1, 4}
     assert [row.id for row in hub.scored["retain"]] == ["retain95:4", "retain95:1"]
     assert [row.id for row in hub.background] == ["authors:0", "authors:1", "facts:0"]
+    assert [row.id for row in hub.scored["holdout"]] == ["holdout05:0", "holdout05:1", "holdout05:2"]
+    (tmp_path / "holdout05.json").unlink()
+    without = load_benchmark(BenchmarkConfig(name="tofu", split="forget05", data_dir=str(tmp_path)))
+    assert without.scored == {name: rows for name, rows in hub.scored.items() if name != "holdout"}
 
 
 def test_tofu_hub_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:

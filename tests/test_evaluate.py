@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import threading
+import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,11 @@ def qa_benchmark(rows: int = 7) -> Benchmark:
         )
 
     scored = {"forget": make("forget", 5, True), "retain": make("retain", 5, True)}
-    scored |= {"authors": make("authors", 3, False), "facts": make("facts", 3, False)}
+    scored |= {
+        "authors": make("authors", 3, False),
+        "facts": make("facts", 3, False),
+        "holdout": make("holdout", 0, False),
+    }
     rows_of = {name: tuple(Row(r.id, r.prompt, r.answer) for r in scored[name]) for name in ("forget", "retain")}
     return Benchmark("mine", rows_of["forget"], rows_of["retain"], scored)
 
@@ -161,6 +166,80 @@ def test_truth_ratio_scores_equal_the_loop(llama, tokenizer, bench, found):
     assert found.scores["forget_truth_ratio"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_tails_and_gradients_equal_the_loop(llama, tokenizer, bench, found):
+    """Membership inference as its papers have it, one row at a time in float64."""
+    exact = copy.deepcopy(llama).double()
+    scores: dict[str, dict[str, list[float]]] = {}
+    for name in ("forget", "holdout"):
+        for row, got in zip(bench.scored[name], found.measurements.rows(name), strict=True):
+            question = f"Question: {row.prompt}\nAnswer:"
+            prompt = [tokenizer.bos_token_id, *tokenizer.encode(question, add_special_tokens=False)]
+            told = tokenizer.encode(f" {row.answer}", add_special_tokens=False)
+            logp = exact(input_ids=torch.tensor([prompt + told])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            target = logp[range(len(told)), told]
+            mu = (logp.exp() * logp).sum(-1)
+            sigma = ((logp.exp() * logp.square()).sum(-1) - mu.square()).clamp(min=1e-6).sqrt()
+            k = max(1, int(0.4 * len(told)))
+            tail = [-float(x.detach().sort().values[:k].mean()) for x in (target, (target - mu) / sigma)]
+            assert got.tail == (
+                *map(lambda x: pytest.approx(x, rel=1e-4), tail),
+                len(zlib.compress(row.answer.encode())),
+            )
+            exact.zero_grad()
+            (-target.mean()).backward()
+            norms = [float(p.grad.norm()) for p in exact.parameters()]
+            assert got.gradient == pytest.approx(sum(norms) / len(norms), rel=1e-3)
+            nll, tokens, _ = naive_row(exact, tokenizer, row, row.answer)
+            loss = nll / tokens
+            attacks = {"loss": loss, "zlib": loss / len(zlib.compress(row.answer.encode())), "min_k": tail[0]}
+            attacks |= {"min_k_plus_plus": tail[1], "gradnorm": got.gradient}
+            for attack, value in attacks.items():
+                scores.setdefault(attack, {}).setdefault(name, []).append(value)
+    for attack, of in scores.items():
+        pairs = [float(f < h) for f in of["forget"] for h in of["holdout"]]
+        assert found.scores[f"mia_{attack}"] == pytest.approx(sum(pairs) / len(pairs)), attack
+    assert found.scores["mia_loss"] == 1  # it learned the forget rows
+    assert found.scores["privleak"] == pytest.approx(100 * (1 - found.scores["mia_min_k"] - 0.5) / 0.5)
+    assert "privleak: an AUC of 0.5 for the retain model, there is none to compare with" in found.notes
+
+
+def test_gradients_leave_the_model_as_it_was(llama, tokenizer, bench):
+    model = copy.deepcopy(llama).train()
+    first, *rest = model.parameters()
+    first.requires_grad_(False)
+    for p in rest:
+        p.grad = torch.ones_like(p)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    settings = EvaluateConfig(
+        metrics=("mia_gradnorm",), unlearning="forget_probability", retention="retain_probability"
+    )
+    all_of_them = evaluate(model, tokenizer, bench, settings, ModelConfig()).scores
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not first.requires_grad
+    assert first.grad is None
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in rest)
+    assert model.training
+    assert evaluate(llama, tokenizer, bench, settings, ModelConfig()).scores == all_of_them
+
+
+def test_the_reference_attack_is_the_difference_of_losses(llama, tokenizer, bench, found):
+    other = models.build_small(tokenizer, SMALL, seed=9, positions=64)
+    reference = evaluate(other, tokenizer, bench, EVERYTHING, ModelConfig()).measurements
+    scores = evaluate(llama, tokenizer, bench, EVERYTHING, ModelConfig(), reference=reference).scores
+    gap = {
+        name: [
+            a.mean_nll - b.mean_nll
+            for a, b in zip(found.measurements.answers(name), reference.answers(name), strict=True)
+        ]
+        for name in ("forget", "holdout")
+    }
+    assert scores["mia_reference"] == sum(f < h for f in gap["forget"] for h in gap["holdout"]) / 49
+    retain = METRICS["mia_min_k"].compute(reference, None)
+    assert 0 < retain < 1
+    assert scores["privleak"] == pytest.approx(100 * (retain - scores["mia_min_k"]) / (1 - retain))
+
+
 # --- models whose scores are known by hand ---------------------------------------------------------------
 
 
@@ -186,7 +265,7 @@ class Bigram(nn.Module):
 def chain(tokenizer) -> tuple[Benchmark, list[int]]:
     """One completion row a set: ``amber`` goes on with six distinct words."""
     row = EvalRow("forget:0", WORDS[0] + " ", " ".join(WORDS[1:7]), kind="completion", perturbed=(WORDS[9], WORDS[10]))
-    scored = {name: (replace(row, id=f"{name}:0"),) for name in ("forget", "retain", "authors", "facts")}
+    scored = {name: (replace(row, id=f"{name}:0"),) for name in ("forget", "retain", "authors", "facts", "holdout")}
     token = encode(tokenizer, Row("x", row.prompt, row.answer, "completion"), 64)
     ids = list(token.ids[token.prompt_length - 1 :])
     assert len(ids) == 8  # last prompt token, six words, closing token
@@ -244,7 +323,10 @@ def test_a_diverged_model_has_finite_honest_scores(chain, tokenizer):
         model.table.fill_(math.nan)
     result = evaluate(model, tokenizer, benchmark, EVERYTHING, ModelConfig())
     json.dumps(result.to_json(), allow_nan=False)
-    zero = set(result.scores) - {"forget_truth_ratio"}
+    attacks = {name: score for name, score in result.scores.items() if name.startswith("mia_")}
+    assert len(attacks) == 5
+    assert set(attacks.values()) == {0.5}  # one row of each, both lost: nothing told apart
+    zero = set(result.scores) - {"forget_truth_ratio", *attacks}
     assert {name: result.scores[name] for name in zero} == dict.fromkeys(zero, 0.0)
     assert result.scores["forget_truth_ratio"] == 1  # right and wrong cannot be told apart
 
@@ -269,13 +351,46 @@ def same(a: Evaluation, b: Evaluation) -> None:
     for name, rows in a.measurements.sets.items():
         for x, y in zip(rows, b.measurements.rows(name), strict=True):
             assert (x.id, x.hits, x.rouge) == (y.id, y.hits, y.rouge)
-            assert x.answer.nll == pytest.approx(y.answer.nll, rel=1e-5, abs=1e-5)
+            if x.answer is not None:
+                assert x.answer.nll == pytest.approx(y.answer.nll, rel=1e-5, abs=1e-5)
+            assert x.tail == (pytest.approx(y.tail, rel=1e-4) if y.tail else None)
             assert [p.nll for p in x.perturbed] == pytest.approx([p.nll for p in y.perturbed], rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 1000])
 def test_batch_size_changes_nothing(llama, tokenizer, bench, found, batch_rows):
     same(found, evaluate(llama, tokenizer, bench, replace(EVERYTHING, batch_rows=batch_rows), ModelConfig()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_rows", [1, 4, 1000])
+def test_sharing_prompts_changes_the_work_and_no_number(
+    request, tokenizer, bench, monkeypatch, family, batch_rows
+) -> None:
+    model = request.getfixturevalue(family)
+    names = ("forget_truth_ratio", "retain_truth_ratio", "extraction_strength", "mia_min_k", "authors_probability")
+    settings = EvaluateConfig(metrics=names, retention="retain_probability", batch_rows=batch_rows)
+    tokens: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: tokens.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        shared = evaluate(model, tokenizer, bench, settings, ModelConfig())
+        count = sum(tokens)
+        monkeypatch.setattr(Scorer, "continues", lambda self: False)
+        same(shared, evaluate(model, tokenizer, bench, settings, ModelConfig()))
+    finally:
+        hook.remove()
+    assert count < 0.8 * (sum(tokens) - count)
+
+
+def test_prompts_are_not_shared_behind_a_window(llama) -> None:
+    assert Scorer.of(llama).continues()
+    windowed = copy.copy(llama)
+    windowed.config = copy.copy(llama.config)
+    windowed.config.sliding_window = 8
+    assert not Scorer.of(windowed).continues()
+    assert not Scorer.of(Bigram(4)).continues()
 
 
 def test_row_order_changes_nothing(llama, tokenizer, bench, found):

@@ -125,7 +125,7 @@ def test_a_tofu_folder_is_sent_as_the_files_that_its_split_reads(shared_data: Pa
     names = {path.name for path in (tmp_path / "inputs" / "benchmark.data_dir").iterdir()}
     assert names == {
         "forget01.json", "retain99.json", "forget01_perturbed.json", "retain_perturbed.json",
-        "real_authors_perturbed.json", "world_facts_perturbed.json",
+        "real_authors_perturbed.json", "world_facts_perturbed.json", "holdout01.json",
     }  # fmt: skip
     there = settings.with_values(config, {"benchmark.data_dir": str(tmp_path / built.uploaded["benchmark.data_dir"])})
     assert load_benchmark(there.benchmark).fingerprint() == load_benchmark(config.benchmark).fingerprint()

@@ -398,7 +398,7 @@ def test_check_metrics_accepts_a_full_benchmark():
         (EvaluateConfig(metrics=("forget_qualty",)), True, "unknown metric 'forget_qualty'; did .* 'forget_quality'"),
         (EvaluateConfig(unlearning="model_utility"), True, "unlearning: got 'model_utility', allowed: exact_mem"),
         (EvaluateConfig(unlearning="forget_quality"), True, "evaluate.unlearning"),
-        (EvaluateConfig(retention="forget_rouge"), True, "retention: got 'forget_rouge', allowed: model_utility"),
+        (EvaluateConfig(retention="forget_rouge"), True, "retention: got 'forget_rouge', allowed: authors_prob"),
         (EvaluateConfig(retention="retain_truth_ratio"), True, "evaluate.retention"),
         (QUALITY, False, "forget_quality compares .*set retain_model"),
     ],

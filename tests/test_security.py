@@ -455,7 +455,7 @@ def test_links_out_of_a_model_or_data_folder_are_not_sent(tmp_path: Path) -> Non
     assert set(found.files) == {"config.json", "model.safetensors", "tokenizer.json"}
     data = tmp_path / "tofu"
     data.mkdir()
-    for name in package._data_files(settings.from_dict({"benchmark": {"name": "tofu"}})):
+    for name in package._data_files(settings.from_dict({"benchmark": {"name": "tofu"}}), data):
         (data / name).symlink_to(secret)
     with pytest.raises(InputError, match=r"benchmark\.data_dir: .*is a link out of its folder"):
         list(package.find_inputs(settings.from_dict({"benchmark": {"name": "tofu", "data_dir": str(data)}})))

@@ -22,7 +22,7 @@ BENCHMARKS: dict[str, Callable[[BenchmarkConfig], Benchmark]] = {
     "jsonl": load_jsonl,
 }
 
-_OPTIONS = {"authors": {"split", "seed"}, "tofu": {"split", "data_dir"}, "jsonl": {"forget", "retain"}}
+_OPTIONS = {"authors": {"split", "seed"}, "tofu": {"split", "data_dir"}, "jsonl": {"forget", "retain", "holdout"}}
 """The fields of ``BenchmarkConfig`` that each benchmark reads, besides ``name`` and ``retain_rows``."""
 
 

@@ -22,7 +22,8 @@ SCORED_SHARE, SCORED_MOST = 5, 400
 
 
 def load_jsonl(config: BenchmarkConfig) -> Benchmark:
-    """Reads ``config.forget`` and ``config.retain``: JSON Lines, or one JSON array, of rows.
+    """Reads ``config.forget``, ``config.retain``, and ``config.holdout`` where it is set: JSON Lines, or one JSON
+    array, of rows.
 
     A row is ``question`` and ``answer`` (with ``paraphrased_answer`` and ``perturbed_answer``, a list, if you
     have them), ``prompt`` and ``completion``, or ``text``. Other columns are left alone. A row's id is its
@@ -40,14 +41,17 @@ def load_jsonl(config: BenchmarkConfig) -> Benchmark:
     if len(retain) < 2:
         raise InputError(f"{retain_path} has 1 row, at least 2 are needed: one to train on, one to score")
     count = min(SCORED_MOST, max(1, len(retain) // SCORED_SHARE))
-    scored = tuple(retain[i * len(retain) // count] for i in range(count))
+    chosen = tuple(retain[i * len(retain) // count] for i in range(count))
     rows = tuple(_row(row) for row in retain)
+    scored = {"forget": tuple(forget), "retain": chosen}
+    if config.holdout:
+        scored["holdout"] = tuple(_read(_path(config.holdout, "holdout"), "holdout"))
     return Benchmark(
         name=f"jsonl/{forget_path.stem}",
         forget=tuple(_row(row) for row in forget),
         retain=rows,
-        scored={"forget": tuple(forget), "retain": scored},
-        retain_scored=positions(rows, scored),
+        scored=scored,
+        retain_scored=positions(rows, chosen),
     )
 
 

@@ -116,19 +116,26 @@ def positions(retain: Sequence[Row], scored: Sequence[EvalRow]) -> frozenset[int
 
 
 def check_apart(benchmark: Benchmark) -> None:
-    """Refuses a benchmark with a row that is both to be forgotten and to be kept.
+    """Refuses a benchmark with a row that is both to be forgotten and to be kept, or is held out and learned.
 
     Raises:
         InputError: counts such rows and names the first five by id.
     """
-    kept: dict[tuple[str, str], str] = {}
-    for row in benchmark.retain:
-        kept.setdefault(key(row), row.id)
-    both = [(row.id, kept[key(row)]) for row in benchmark.forget if key(row) in kept]
+    _apart(benchmark.forget, "forget", benchmark.retain, "retain")
+    held_out = benchmark.scored.get("holdout", ())
+    for rows, name in ((benchmark.forget, "forget"), (benchmark.retain, "retain")):
+        _apart(held_out, "holdout", rows, name)
+
+
+def _apart(rows: Sequence[Row | EvalRow], name: str, others: Sequence[Row], other: str) -> None:
+    known: dict[tuple[str, str], str] = {}
+    for row in others:
+        known.setdefault(key(row), row.id)
+    both = [(row.id, known[key(row)]) for row in rows if key(row) in known]
     if both:
-        named = ", ".join(f"{forget} = {retain}" for forget, retain in both[:5])
+        named = ", ".join(f"{mine} = {theirs}" for mine, theirs in both[:5])
         more = ", ..." if len(both) > 5 else ""
         raise InputError(
-            f"{len(both)} of {len(benchmark.forget)} forget rows stand in the retain set too"
-            f" (forget row = retain row): {named}{more}"
+            f"{len(both)} of {len(rows)} {name} rows stand in the {other} set too"
+            f" ({name} row = {other} row): {named}{more}"
         )

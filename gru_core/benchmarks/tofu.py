@@ -17,15 +17,19 @@ REPOSITORY = "locuslab/TOFU"
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 """Forget split to the retain split that is the rest of the 4000 rows."""
 
+HOLDOUT = {"forget01": "holdout01", "forget05": "holdout05", "forget10": "holdout10"}
+"""Forget split to rows of the same form that no model was trained on (membership inference)."""
+
 FACTS = {"authors": "real_authors_perturbed", "facts": "world_facts_perturbed"}
 
 
 def load_tofu(config: BenchmarkConfig) -> Benchmark:
-    """Reads the six files of a forget split, from ``config.data_dir`` or from the hub.
+    """Reads the files of a forget split, from ``config.data_dir`` or from the hub.
 
     Training rows are named by split and position from 0, such as ``forget10:17`` (the key that published logs
     use), and so are the scored rows, which are the same rows with a paraphrase and five wrong answers. The
     rows behind ``authors`` and ``facts`` have three wrong answers and no paraphrase; they are the background.
+    Of a folder, the file of the holdout rows may be absent; the benchmark then has no ``holdout`` set.
 
     Raises:
         InputError: unknown split, a missing or bad file, a scored row that is in no training file.
@@ -39,6 +43,7 @@ def load_tofu(config: BenchmarkConfig) -> Benchmark:
         "scored forget": f"{forget_name}_perturbed",
         "scored retain": "retain_perturbed",
         **FACTS,
+        "holdout": HOLDOUT[config.split],
     }
     tables = _from_folder(Path(config.data_dir).expanduser(), names) if config.data_dir else _from_hub(names)
     forget, retain = _rows(tables["forget"], forget_name), _rows(tables["retain"], retain_name)
@@ -47,6 +52,8 @@ def load_tofu(config: BenchmarkConfig) -> Benchmark:
         "retain": _scored(tables["scored retain"], retain),
         **{name: _fact_rows(tables[name], name) for name in FACTS},
     }
+    if "holdout" in tables:
+        scored["holdout"] = tuple(EvalRow(r.id, r.prompt, r.answer) for r in _rows(tables["holdout"], names["holdout"]))
     return Benchmark(
         name=f"tofu/{config.split}",
         forget=forget,
@@ -59,9 +66,11 @@ def load_tofu(config: BenchmarkConfig) -> Benchmark:
 
 def _from_folder(folder: Path, names: Mapping[str, str]) -> dict[str, list[Located]]:
     files = {part: folder / f"{name}.json" for part, name in names.items()}
+    if not files["holdout"].is_file():
+        del files["holdout"]
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
-        needed = ", ".join(path.name for path in files.values())
+        needed = ", ".join(path.name for part, path in files.items() if part != "holdout")
         raise InputError(f"benchmark.data_dir {folder}: {', '.join(missing)} missing (needed: {needed})")
     return {part: read_objects(path) for part, path in files.items()}
 

@@ -66,6 +66,8 @@ class BenchmarkConfig:
     """``jsonl``: file of rows to forget."""
     retain: str | None = None
     """``jsonl``: file of rows to keep."""
+    holdout: str | None = None
+    """``jsonl``: file of rows like those to forget that the model has never seen (membership inference); null: none."""
     retain_rows: int | None = None
     """Keep only the first n rows of the retain set (named ``retain-first-n`` in results); null: all."""
     seed: int = 0

@@ -22,7 +22,7 @@ class EvaluateConfig:
     rows: int | None = None
     """Score only the first n rows of each set; null: all."""
     batch_rows: int = 64
-    """Sequences per forward pass."""
+    """Sequences per forward pass where all are as long as the longest; of shorter ones there are more."""
     max_new_tokens: int = 200
     """Longest greedy generation (ROUGE)."""
 

@@ -17,6 +17,7 @@ from gru_core.metrics import (
     extraction_strength,
     forget_quality,
     measure,
+    membership,
     probability,
     rouge,
     truth_ratio,
@@ -28,7 +29,7 @@ from gru_core.parallel import Group
 
 __all__ = [
     "METRICS", "AnswerScores", "Baseline", "Evaluation", "Hits", "Measurements", "Metric", "Need", "RowScores",
-    "check_metrics", "evaluate", "requested", "trade_off",
+    "available", "check_metric", "check_metrics", "evaluate", "requested", "trade_off",
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {
@@ -44,6 +45,8 @@ METRICS: dict[str, Metric] = {
     "retain_extraction_strength": extraction_strength.retain,
     "exact_memorization": exact_memorization.forget,
     "retain_exact_memorization": exact_memorization.retain,
+    **utility.METRICS,
+    **membership.METRICS,
 }
 
 
@@ -74,17 +77,40 @@ def check_metrics(config: EvaluateConfig, has_retain_model: bool, benchmark: Ben
             allowed = ", ".join(sorted(n for n, m in METRICS.items() if m.role == role))
             raise InputError(f"evaluate.{key}: got {name!r}, allowed: {allowed}")
     for name in requested(config):
-        if METRICS[name].needs_retain_model and not has_retain_model:
-            raise InputError(f"{name} compares with a model trained without the forget set: set retain_model")
-        if benchmark is not None:
-            _check_needs(name, benchmark, config.rows)
+        check_metric(name, has_retain_model, benchmark, config.rows)
 
 
-def _check_needs(name: str, benchmark: Benchmark, rows: int | None) -> None:
+def check_metric(name: str, has_retain_model: bool, benchmark: Benchmark | None, rows: int | None) -> None:
+    """Refuse a metric that cannot be computed, whatever its role.
+
+    Args:
+        rows: as ``EvaluateConfig.rows``.
+
+    Raises:
+        InputError: as :func:`check_metrics`.
+    """
+    if name not in METRICS:
+        raise unknown("metric", name, METRICS)
     metric = METRICS[name]
-    missing = [reason for need in metric.needs if (reason := _lacks(need, benchmark, rows))]
-    if missing and (not metric.partial or len(missing) == len(metric.needs)):
+    if metric.needs_retain_model and not has_retain_model:
+        raise InputError(f"{name} compares with a model trained without the forget set: set retain_model")
+    missing = [r for need in metric.needs if benchmark and (r := _lacks(need, benchmark, rows))]
+    if benchmark and missing and (not metric.partial or len(missing) == len(metric.needs)):
         raise InputError(f"{name} cannot be computed on {benchmark.name}: {missing[0]}")
+
+
+def available(
+    benchmark: Benchmark, has_retain_model: bool, rows: int | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of all metrics that can be computed, and a line for each other one that says what it lacks."""
+    able, left = [], []
+    for name in METRICS:
+        try:
+            check_metric(name, has_retain_model, benchmark, rows)
+            able.append(name)
+        except InputError as reason:
+            left.append(f"left out: {reason}")
+    return tuple(able), tuple(left)
 
 
 def _lacks(need: Need, benchmark: Benchmark, limit: int | None) -> str | None:
@@ -107,6 +133,7 @@ def evaluate(
     *,
     group: Group | None = None,
     reference: Measurements | None = None,
+    texts: bool = False,
 ) -> Evaluation:
     """Score ``model``: every rank calls this with the same arguments, shares the rows, and gets the same result.
 
@@ -118,6 +145,7 @@ def evaluate(
         group: the ranks that evaluate together; None: this process alone.
         reference: measurements of the retain model. Without them, metrics that compare with it are left out
             with a note: so is the retain model itself evaluated.
+        texts: keep generated texts in the measurements.
 
     Raises:
         InputError: as :func:`check_metrics`; a row without an answer token within the model's length.
@@ -126,13 +154,15 @@ def evaluate(
     chosen = {name: METRICS[name] for name in requested(config)}
     needs = dict.fromkeys(need for metric in chosen.values() for need in metric.needs)
     present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
-    found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group or Group())
+    found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group or Group(), texts)
     scores: dict[str, float] = {}
     notes: list[str] = []
     for name, metric in chosen.items():
         if metric.needs_retain_model and reference is None:
             notes.append(f"{name}: left out, there is no retain model to compare with")
             continue
+        if metric.without_retain_model and reference is None:
+            notes.append(f"{name}: {metric.without_retain_model}, there is none to compare with")
         scores[name] = metric.compute(found, reference)
         scores |= {extra: function(scores[name]) for extra, function in metric.derived.items()}
     if "model_utility" in scores:

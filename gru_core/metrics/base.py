@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from gru_core.errors import InputError
 
-Kind = Literal["answer", "truth", "rouge"]
+Kind = Literal["answer", "truth", "rouge", "tail", "gradient"]
 """``answer``: the true answer under teacher forcing; ``truth``: its paraphrase and the wrong answers too;
-``rouge``: a greedy generation."""
+``rouge``: a greedy generation; ``tail``: the least likely tokens of the true answer; ``gradient``: the norm of the
+gradient of its loss."""
 Role = Literal["forget", "utility", "report"]
 
 LOST_NLL = 1e9
@@ -68,6 +69,21 @@ class Hits(NamedTuple):
     tokens: int
 
 
+class Tail(NamedTuple):
+    """What membership inference asks of one answer, the closing end-of-sequence token left out.
+
+    Attributes:
+        min_k: minus the mean log-probability of the 40% least likely tokens (Min-K%), nats.
+        min_k_plus_plus: the same of log-probabilities in standard deviations from the mean that the model itself
+            expects (Min-K%++).
+        compressed: bytes of the answer's text after zlib.
+    """
+
+    min_k: float
+    min_k_plus_plus: float
+    compressed: int
+
+
 @dataclass(frozen=True)
 class RowScores:
     """What was measured on one row; None or empty where it was not asked for.
@@ -75,6 +91,9 @@ class RowScores:
     Attributes:
         paraphrase: None where the row has none: the answer then stands in its place.
         rouge: ROUGE-L recall of the greedy generation, in [0, 1].
+        gradient: mean over the parameter tensors of the L2 norm of the gradient of the answer's mean NLL, closing
+            token left out.
+        generation: the generated text, where it was asked for; in no document of :meth:`to_json`.
     """
 
     id: str
@@ -83,9 +102,13 @@ class RowScores:
     paraphrase: AnswerScores | None = None
     perturbed: tuple[AnswerScores, ...] = ()
     rouge: float | None = None
+    tail: Tail | None = None
+    gradient: float | None = None
+    generation: str | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        named = {"answer": self.answer, "hits": self.hits, "paraphrase": self.paraphrase, "rouge": self.rouge}
+        names = ("answer", "hits", "paraphrase", "rouge", "tail", "gradient")
+        named = {name: getattr(self, name) for name in names}
         out: dict[str, Any] = {"id": self.id} | {k: v for k, v in named.items() if v is not None}
         return out | ({"perturbed": list(self.perturbed)} if self.perturbed else {})
 
@@ -101,6 +124,8 @@ class RowScores:
             paraphrase=answer("paraphrase"),
             perturbed=tuple(AnswerScores(*p) for p in data.get("perturbed", ())),
             rouge=data.get("rouge"),
+            tail=Tail(*data["tail"]) if "tail" in data else None,
+            gradient=data.get("gradient"),
         )
 
 
@@ -135,6 +160,17 @@ class Measurements:
             self._given(row.rouge, name, "a generation")
         return [r.rouge for r in rows if r.rouge is not None]
 
+    def tails(self, name: str) -> list[Tail]:
+        """Tails of set ``name``; InputError where they were not measured."""
+        return [t for r in self.rows(name) if (t := self._given(r.tail, name, "the tail of the answer"))]
+
+    def gradients(self, name: str) -> list[float]:
+        """Gradient norms of set ``name``; InputError where they were not measured."""
+        rows = self.rows(name)
+        for row in rows:
+            self._given(row.gradient, name, "the gradient")
+        return [r.gradient for r in rows if r.gradient is not None]
+
     def holds(self, need: Need) -> bool:
         """Whether ``need`` was measured on every row of its set."""
         rows = self.sets.get(need.set, ())
@@ -142,6 +178,8 @@ class Measurements:
             "answer": lambda r: r.answer is not None and r.hits is not None,
             "truth": lambda r: bool(r.perturbed),
             "rouge": lambda r: r.rouge is not None,
+            "tail": lambda r: r.tail is not None,
+            "gradient": lambda r: r.gradient is not None,
         }
         return bool(rows) and all(map(tests[need.kind], rows))
 
@@ -167,6 +205,7 @@ class Metric:
         compute: pure; never NaN or infinite.
         partial: whether it is still defined when the benchmark lacks some of ``needs`` (said in a note).
         needs_retain_model: whether ``compute`` needs the retain model's measurements.
+        without_retain_model: what ``compute`` takes in their place, where it can do without.
         derived: further scores, each a function of this one.
     """
 
@@ -175,6 +214,7 @@ class Metric:
     compute: Compute
     partial: bool = False
     needs_retain_model: bool = False
+    without_retain_model: str | None = None
     derived: Mapping[str, Callable[[float], float]] = field(default_factory=dict)
 
 

@@ -32,3 +32,11 @@ class Scorer(NamedTuple):
     def takes(self, name: str) -> bool:
         """Whether the model's forward has an argument of this name."""
         return name in inspect.signature(self.model.forward).parameters
+
+    def continues(self) -> bool:
+        """Whether several answers can follow one pass over their prompt: the model takes positions, and a cache whose
+        rows can be repeated and hold the whole prompt."""
+        settings = getattr(self.model, "config", None)
+        whole = getattr(settings, "sliding_window", None) is None and not getattr(settings, "is_encoder_decoder", False)
+        plain = set(getattr(settings, "layer_types", None) or ()) <= {"full_attention"}
+        return whole and plain and self.takes("past_key_values") and self.takes("position_ids")

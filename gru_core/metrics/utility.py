@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gru_core.metrics.base import Measurements, Metric, Need
+from gru_core.metrics.base import Measurements, Metric, Need, Role
 from gru_core.metrics.probability import mean_choice_probability, probability
 from gru_core.metrics.rouge import rouge
 from gru_core.metrics.truth_ratio import truth
@@ -55,3 +55,14 @@ model_utility = Metric(
     lambda m, _: harmonic_mean(list(utility_parts(m).values())),
     partial=True,
 )
+
+
+def _metric(part: str) -> Metric:
+    needs, compute = PARTS[part]
+    # a truth ratio stays far below 1 for a perfect model, so that losing it shows little: it spans no trade-off
+    role: Role = "report" if compute is truth else "utility"
+    return Metric(role, needs, lambda m, _: compute(m, needs[0].set))
+
+
+METRICS = {part.replace(" ", "_").lower(): _metric(part) for part in PARTS if not part.startswith("retain")}
+"""The parts that are not those of the retain set, each as a metric of its own."""
