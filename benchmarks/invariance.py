@@ -58,9 +58,10 @@ def document(found: dict[str, list[Difference]]) -> str:
         "Numbers are the norm of the difference of the final weights over the norm of the whole update; the largest of "
         "each group.",
         "",
-        "The test suite demands 1e-8 in float64 under AdamW for all of them, and 1e-5 in float32 under SGD for the rectified ones. AdamW in "
-        "float32 is measured and not demanded: its first steps have the size of the learning rate whatever the "
-        "gradient's, so that a rounding error in a gradient near 0 can turn a whole step around.",
+        "The test suite demands 1e-8 in float64 under AdamW for all of them, and 1e-5 in float32 under SGD for the "
+        "rectified ones. AdamW in float32 is measured and not demanded: its first steps have the size of the "
+        "learning rate whatever the gradient's, so that a rounding error in a gradient near 0 can turn a whole step "
+        "around.",
         "",
         "The tracked metrics of every step (losses, cosine, weights applied, update norm) differ by at most "
         + ", ".join(f"{value:.0e} ({PRECISIONS[p]})" for p, value in metrics.items())
