@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 def test_the_readme_names_every_command() -> None:
     named = {shlex.split(c)[1] for c in commands()}
-    assert named == {"doctor", "demo", "plan", "unlearn", "export", "search", "frontier", "ui", "submit"}
+    assert named == {"doctor", "demo", "plan", "unlearn", "evaluate", "export", "search", "frontier", "ui", "submit"}
     assert "make demo" in README.read_text().split("```sh")[1].splitlines()[1]
     assert "make test" in README.read_text().split("```sh")[1].splitlines()[2]
 
