@@ -27,13 +27,14 @@ class Hooks:
 
     Attributes:
         log: ``(step, metrics)`` after every step, counted from 1.
-        evaluate: ``(step)``: measure the model as it stands; must leave training state alone.
+        evaluate: ``(step, last)``: measure the model as it stands; must leave training state alone. ``last``: the run
+            ends here.
         stop: whether to end after the step at hand, with a checkpoint; asked on every rank, one is enough.
         saved: ``(folder)``: all ranks have written a checkpoint there.
     """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    evaluate: Callable[[int], None] = lambda step: None
+    evaluate: Callable[[int, bool], None] = lambda step, last: None
     stop: Callable[[], bool] = lambda: False
     saved: Callable[[Path], None] = lambda folder: None
 
@@ -118,7 +119,7 @@ class Run:
         if self._ended:  # killed between its last checkpoint and its result
             return Outcome("collapsed", self.start)
         if self.start == 0:
-            self.hooks.evaluate(0)
+            self.hooks.evaluate(0, False)
             self._probe_start = self._probe()
         for number in range(self.start, settings.steps):
             done = number + 1
@@ -130,7 +131,7 @@ class Run:
             self.hooks.log(done, metrics)
             last = collapsed or done == settings.steps
             if last or due:
-                self.hooks.evaluate(done)
+                self.hooks.evaluate(done, last)
             if last or self.step.stop or done % self.config.train.checkpoint_every == 0:
                 self._save(done, collapsed)
             if collapsed:

@@ -122,26 +122,29 @@ def _metrics(
     config: RunConfig, names: Sequence[str] | None, benchmark: Benchmark
 ) -> tuple[EvaluateConfig, tuple[str, ...]]:
     """What is evaluated, and what is left out and why."""
-    has_retain = config.retain_model is not None
-    able, left = metrics.available(benchmark, has_retain, config.evaluate.rows)
-    if names is not None:
+    has_retain, asked = config.retain_model is not None, config.evaluate
+    able, left = metrics.available(benchmark, has_retain, asked)
+    if names is None:  # metrics that work on the model itself only where the config names them
+        names_of_model = [n for n in (*asked.metrics, *asked.final) if isinstance(metrics.find(n), metrics.ModelMetric)]
+        able = tuple(dict.fromkeys((*able, *names_of_model)))
+    else:
         able, left = tuple(names), ()
-        for name in names:
-            metrics.check_metric(name, has_retain, benchmark, config.evaluate.rows)
+    for name in able:
+        metrics.check_metric(name, asked, has_retain, benchmark)
     if config.train.strategy == "fsdp" and names is None and "mia_gradnorm" in able:
         able = tuple(name for name in able if name != "mia_gradnorm")
         left = (*left, "mia_gradnorm: left out, it needs whole gradients (train.strategy ddp)")
     # the two of the trade-off are not asked for here; these are measured wherever there are rows at all
-    ends = replace(config.evaluate, unlearning="forget_probability", retention="retain_probability")
-    return replace(ends, metrics=able), left
+    ends = replace(asked, unlearning="forget_probability", retention="retain_probability")
+    return replace(ends, metrics=able, final=()), left
 
 
 def _kept(found: Evaluation, names: Sequence[str] | None) -> dict[str, float]:
     """The scores that were asked for, with what is derived from them."""
     if names is None:
         return found.scores
-    extra = {e for name in names for e in METRICS[name].derived}
-    return {name: score for name, score in found.scores.items() if name in {*names, *extra}}
+    extra = {e for name in names if name in METRICS for e in METRICS[name].derived}
+    return {n: score for n, score in found.scores.items() if n in {*names, *extra} or n.split("/")[0] in names}
 
 
 def _task(job: Job, group: Group, report: Report) -> tuple[Evaluation, Evaluation | None]:

@@ -112,8 +112,9 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
         alive.follow(other)
         tokenizer = models.load_tokenizer(config.retain_model, "retain_model")
         # The reference of forget quality is the retain model itself: its truth ratios are measured here.
-        names = ("forget_truth_ratio" if name == "forget_quality" else name for name in config.evaluate.metrics)
-        settings = replace(config.evaluate, metrics=tuple(dict.fromkeys(names)))
+        asked = config.evaluate
+        names = ("forget_truth_ratio" if n == "forget_quality" else n for n in (*asked.metrics, *asked.final))
+        settings = replace(asked, metrics=tuple(dict.fromkeys(names)), final=())
         retain = evaluate(other, tokenizer, shared.benchmark, settings, config.model, group=group)
         del other
         _release()

@@ -141,4 +141,5 @@ def generates(config: RunConfig) -> bool:
     """Whether an evaluation generates text."""
     from gru_core.metrics import METRICS, requested
 
-    return any(need.kind == "rouge" for name in requested(config.evaluate) for need in METRICS[name].needs)
+    named = [METRICS[name] for name in requested(config.evaluate) if name in METRICS]
+    return any(need.kind == "rouge" for metric in named for need in metric.needs)

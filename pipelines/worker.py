@@ -186,7 +186,7 @@ class _Work:
         if status == "stopped":
             return self._stopped(steps)
         if error or not self.scores:  # also after a restart behind the last evaluation
-            self._evaluate(steps)
+            self._evaluate(steps, True)
         return self._close(status, steps, error, keep_model)
 
     def _open(self, name: str, tags: dict[str, str]) -> None:
@@ -225,18 +225,18 @@ class _Work:
             self.journal.metrics(step, {f"train/{key}": value for key, value in metrics.items()})
             self.keeper.tick()
 
-    def _measure(self, step: int) -> Evaluation:
+    def _measure(self, step: int, last: bool) -> Evaluation:
         if step == 0:
             return self.baseline.start
         reference = self.baseline.retain.measurements if self.baseline.retain else None
         config, shared = self.config, self.shared
         return evaluate(
             self.model, shared.tokenizer, shared.benchmark, config.evaluate, config.model,
-            group=self.group, reference=reference,
+            group=self.group, reference=reference, final=last,
         )  # fmt: skip
 
-    def _evaluate(self, step: int) -> None:
-        found = self._measure(step)
+    def _evaluate(self, step: int, last: bool) -> None:
+        found = self._measure(step, last)
         ends = trade_off(found.scores, self.baseline, self.config.evaluate)
         self.scores = {**found.scores, **ends}
         if self.journal:

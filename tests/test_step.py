@@ -221,7 +221,7 @@ def test_collapse_is_a_result(rule: str) -> None:
     rectify = {"rule": rule, "strength": 0.0} if rule == "gru" else {"rule": "none"}
     evaluated: list[int] = []
     cfg = small.config(200, objective="ga", lr=0.3, collapse=1.5, clip=None, rectify=rectify)
-    outcome = small.build(cfg, small.model(), hooks=Hooks(evaluate=evaluated.append))()
+    outcome = small.build(cfg, small.model(), hooks=Hooks(evaluate=lambda step, last: evaluated.append(step)))()
     assert outcome.status == "collapsed"
     assert outcome.steps < 200
     assert evaluated[-1] == outcome.steps, "a collapsed run is evaluated where it ends"

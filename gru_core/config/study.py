@@ -14,7 +14,9 @@ class EvaluateConfig:
 
     __pydantic_config__ = STRICT
     metrics: tuple[str, ...] = ("extraction_strength", "model_utility")
-    """Names from ``gru_core.metrics.METRICS``."""
+    """Names from ``gru_core.metrics.METRICS`` or ``MODEL_METRICS``."""
+    final: tuple[str, ...] = ()
+    """Further metrics, measured only where a run ends (and of the models before it): for what takes long."""
     unlearning: str = "extraction_strength"
     """Forget-set metric, lower when forgotten, behind the unlearning score."""
     retention: str = "model_utility"

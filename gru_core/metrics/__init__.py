@@ -1,10 +1,13 @@
 """Metrics by name, and the evaluation of a model on a benchmark. Definitions: docstring of each metric's file.
 
-A new metric is one file and one line in ``METRICS``.
+A new metric over rows is one file and one line in ``METRICS``; one that works on the model itself stands in
+``MODEL_METRICS``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,12 +27,14 @@ from gru_core.metrics import (
     utility,
 )
 from gru_core.metrics.base import AnswerScores, Evaluation, Hits, Measurements, Metric, Need, RowScores
+from gru_core.metrics.subject import ModelMetric, Subject
 from gru_core.metrics.tradeoff import Baseline, trade_off
 from gru_core.parallel import Group
 
 __all__ = [
-    "METRICS", "AnswerScores", "Baseline", "Evaluation", "Hits", "Measurements", "Metric", "Need", "RowScores",
-    "available", "check_metric", "check_metrics", "evaluate", "requested", "trade_off",
+    "METRICS", "MODEL_METRICS", "AnswerScores", "Baseline", "Evaluation", "Hits", "Measurements", "Metric",
+    "ModelMetric", "Need", "RowScores", "Subject", "available", "check_metric", "check_metrics", "evaluate", "find",
+    "requested", "trade_off",
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {
@@ -49,10 +54,26 @@ METRICS: dict[str, Metric] = {
     **membership.METRICS,
 }
 
+MODEL_METRICS: dict[str, ModelMetric] = {}
 
-def requested(config: EvaluateConfig) -> tuple[str, ...]:
-    """Names of all metrics that ``config`` evaluates: those listed, and the two behind the trade-off."""
-    return tuple(dict.fromkeys((*config.metrics, config.unlearning, config.retention)))
+
+def find(name: str) -> Metric | ModelMetric:
+    """The metric of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    known: dict[str, Metric | ModelMetric] = {**METRICS, **MODEL_METRICS}
+    if name not in known:
+        raise unknown("metric", name, known)
+    return known[name]
+
+
+def requested(config: EvaluateConfig, final: bool = True) -> tuple[str, ...]:
+    """Names of all metrics that ``config`` evaluates: those listed, the two behind the trade-off, and at the end of a
+    run those of ``config.final``."""
+    last = config.final if final else ()
+    return tuple(dict.fromkeys((*config.metrics, config.unlearning, config.retention, *last)))
 
 
 def check_metrics(config: EvaluateConfig, has_retain_model: bool, benchmark: Benchmark | None) -> None:
@@ -67,46 +88,43 @@ def check_metrics(config: EvaluateConfig, has_retain_model: bool, benchmark: Ben
             answers that the benchmark lacks.
     """
     for name in requested(config):
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+        find(name)
     for key, name, role in (
         ("unlearning", config.unlearning, "forget"),
         ("retention", config.retention, "utility"),
     ):
-        if METRICS[name].role != role:
+        if find(name).role != role:
             allowed = ", ".join(sorted(n for n, m in METRICS.items() if m.role == role))
             raise InputError(f"evaluate.{key}: got {name!r}, allowed: {allowed}")
     for name in requested(config):
-        check_metric(name, has_retain_model, benchmark, config.rows)
+        check_metric(name, config, has_retain_model, benchmark)
 
 
-def check_metric(name: str, has_retain_model: bool, benchmark: Benchmark | None, rows: int | None) -> None:
+def check_metric(name: str, config: EvaluateConfig, has_retain_model: bool, benchmark: Benchmark | None) -> None:
     """Refuse a metric that cannot be computed, whatever its role.
-
-    Args:
-        rows: as ``EvaluateConfig.rows``.
 
     Raises:
         InputError: as :func:`check_metrics`.
     """
-    if name not in METRICS:
-        raise unknown("metric", name, METRICS)
-    metric = METRICS[name]
+    metric = find(name)
+    if isinstance(metric, ModelMetric):
+        metric.check(config, benchmark)
+        return
     if metric.needs_retain_model and not has_retain_model:
         raise InputError(f"{name} compares with a model trained without the forget set: set retain_model")
-    missing = [r for need in metric.needs if benchmark and (r := _lacks(need, benchmark, rows))]
+    missing = [r for need in metric.needs if benchmark and (r := _lacks(need, benchmark, config.rows))]
     if benchmark and missing and (not metric.partial or len(missing) == len(metric.needs)):
         raise InputError(f"{name} cannot be computed on {benchmark.name}: {missing[0]}")
 
 
 def available(
-    benchmark: Benchmark, has_retain_model: bool, rows: int | None = None
+    benchmark: Benchmark, has_retain_model: bool, config: EvaluateConfig
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of all metrics that can be computed, and a line for each other one that says what it lacks."""
+    """Names of all metrics over rows that can be computed, and a line for each other one that says what it lacks."""
     able, left = [], []
     for name in METRICS:
         try:
-            check_metric(name, has_retain_model, benchmark, rows)
+            check_metric(name, config, has_retain_model, benchmark)
             able.append(name)
         except InputError as reason:
             left.append(f"left out: {reason}")
@@ -134,6 +152,7 @@ def evaluate(
     group: Group | None = None,
     reference: Measurements | None = None,
     texts: bool = False,
+    final: bool = True,
 ) -> Evaluation:
     """Score ``model``: every rank calls this with the same arguments, shares the rows, and gets the same result.
 
@@ -146,18 +165,38 @@ def evaluate(
         reference: measurements of the retain model. Without them, metrics that compare with it are left out
             with a note: so is the retain model itself evaluated.
         texts: keep generated texts in the measurements.
+        final: also the metrics of ``config.final``.
 
     Raises:
         InputError: as :func:`check_metrics`; a row without an answer token within the model's length.
     """
     check_metrics(config, True, benchmark)
-    chosen = {name: METRICS[name] for name in requested(config)}
-    needs = dict.fromkeys(need for metric in chosen.values() for need in metric.needs)
-    present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
-    found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group or Group(), texts)
+    group = group or Group()
+    chosen = {name: find(name) for name in requested(config, final)}
+
+    def over_rows(metrics: Mapping[str, Metric]) -> Evaluation:
+        needs = dict.fromkeys(need for metric in metrics.values() for need in metric.needs)
+        present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
+        found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group, texts)
+        return _compute(metrics, found, reference)
+
+    def score(names: Sequence[str]) -> dict[str, float]:
+        return over_rows({name: METRICS[name] for name in names}).scores
+
+    found = over_rows({name: metric for name, metric in chosen.items() if isinstance(metric, Metric)})
+    scores = dict(found.scores)
+    subject = Subject(model, tokenizer, benchmark, config, model_config, group, score)
+    for metric in chosen.values():
+        if isinstance(metric, ModelMetric):
+            scores |= metric.run(subject)
+    return replace(found, scores=scores)
+
+
+def _compute(metrics: Mapping[str, Metric], found: Measurements, reference: Measurements | None) -> Evaluation:
+    """What ``found`` says of each metric; a note for each that lacks a retain model to compare with."""
     scores: dict[str, float] = {}
     notes: list[str] = []
-    for name, metric in chosen.items():
+    for name, metric in metrics.items():
         if metric.needs_retain_model and reference is None:
             notes.append(f"{name}: left out, there is no retain model to compare with")
             continue
