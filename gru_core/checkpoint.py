@@ -226,6 +226,14 @@ def _together(work: Callable[[], Any], group: Group) -> list[Any]:
     return [result for result, _ in parts]
 
 
+def named(error: StorageError, folder: Path) -> StorageError:
+    """The error, naming the last whole checkpoint; one from writing a checkpoint does that already."""
+    if "last whole checkpoint" in str(error) or "no earlier checkpoint" in str(error):
+        return error
+    last = latest(folder)
+    return StorageError(f"{error}; the last whole checkpoint is {last.folder if last else 'none'}")
+
+
 def open_up(file: Path) -> None:
     """Give ``file`` the mode that other new files in its folder get: safetensors makes its own for the owner alone."""
     made = file.with_name(f".mode-{os.getpid()}")

@@ -12,6 +12,7 @@ from pipelines.options import (
     ConfigOption,
     JsonOption,
     OverwriteOption,
+    ResumeOption,
     SetOption,
     TrackingOption,
     VerboseOption,
@@ -37,7 +38,7 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help="from-log: that of the model before unlearning.")
     ] = None,
     output: Annotated[str, typer.Option(metavar="DIR", help="Output folder.")] = "evaluation",
-    overwrite: OverwriteOption = False,
+    overwrite: OverwriteOption = False, resume: ResumeOption = False,
     experiment: Annotated[
         str | None, typer.Option(metavar="NAME", help="Record it in this MLflow experiment, beside its runs.")
     ] = None,
@@ -50,6 +51,7 @@ def evaluate(
         "--retain-model": retain_model,
         "--metrics": metrics,
         "--with-text": with_text,
+        "--resume": resume,
     }
     of_log = {"--retain-log": retain_log, "--start-log": start_log}
     _together(model or source, log, of_model | {"MODEL": model}, of_log)
@@ -70,7 +72,7 @@ def evaluate(
         if log is not None:
             return module.from_log(log, retain_log, start_log, config, track=track, overwrite=overwrite, say=say)
         names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics is not None else None
-        return module.run(config, names, with_text=with_text, track=track, overwrite=overwrite, say=say)
+        return module.run(config, names, with_text=with_text, track=track, overwrite=overwrite, resume=resume, say=say)
 
     from pipelines import report
 

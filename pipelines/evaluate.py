@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +17,9 @@ from gru_core.config import EvaluateConfig, RunConfig
 from gru_core.metrics import METRICS, Evaluation, published
 from gru_core.parallel import Group
 from gru_core.placing import place_frozen
-from pipelines import output, prepare, provenance, ray_start, settings, tracking
+from pipelines import alive, identity, output, prepare, provenance, ray_start, settings, tracking
 from pipelines.courier import Courier
-from pipelines.inputs import absolute, without_secrets
+from pipelines.inputs import EVALUATING, absolute, without_secrets
 from pipelines.journal import Journal
 from pipelines.launch import Report, launch
 
@@ -28,21 +29,29 @@ SUMMARY, ROWS, RETAIN_ROWS = "summary.json", "rows.jsonl", "retain_rows.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker gets: the config, and whether generated texts are kept."""
+    """What every worker gets.
+
+    Attributes:
+        texts: whether generated texts are kept.
+        folder: where what is measured is kept until all is.
+    """
 
     config: RunConfig
     texts: bool
+    folder: Path
 
 
 def run(
-    config: RunConfig, names: Sequence[str] | None, *, with_text: bool, track: bool, overwrite: bool, say: Say
-) -> dict[str, Any]:
+    config: RunConfig, names: Sequence[str] | None, *, with_text: bool, track: bool, overwrite: bool = False,
+    resume: bool = False, say: Say,
+) -> dict[str, Any]:  # fmt: skip
     """Score ``config.model.path``, and ``config.retain_model`` where there is one, on ``config.benchmark``.
 
     Args:
         names: metrics; None: all that the benchmark has the rows for, the others said.
         with_text: prompts, answers and generations go into the row files.
         track: record a run in MLflow, in ``config.track.experiment``.
+        resume: go on with the rows that an interrupted evaluation left.
 
     Returns:
         ``{"model", "benchmark", "scores", "retain_scores", "notes", "rows", "folder"}``, as ``summary.json``.
@@ -57,11 +66,13 @@ def run(
     benchmark = load_benchmark(config.benchmark)
     chosen, notes = _metrics(config, names, benchmark)
     config = replace(absolute(config), evaluate=chosen)
-    with _folder(config, track, overwrite, say) as (folder, tracked):
+    with _folder(config, track, overwrite, resume, say) as (folder, tracked):
         config = prepare.resolve(config, say=say)
         gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
         say(f"evaluating {config.model.path} on {benchmark.name}: {len(chosen.metrics)} metrics")
-        found, retain = launch(_task, Job(config, with_text), config.train, folder, name="evaluate", gpus=gpus)
+        found, retain = launch(
+            _task, Job(config, with_text, folder / EVALUATING), config.train, folder, name="evaluate", gpus=gpus
+        )
         summary = {
             "model": config.model.path, "retain_model": config.retain_model, "benchmark": benchmark.name,
             "scores": _kept(found, names), "retain_scores": _kept(retain, names) if retain else None,
@@ -73,7 +84,9 @@ def run(
         _write_rows(folder / ROWS, found, texts)
         if retain:
             _write_rows(folder / RETAIN_ROWS, retain, texts)
-        return _close(folder, summary, config, tracked)
+        closed = _close(folder, summary, config, tracked)
+        shutil.rmtree(folder / EVALUATING, ignore_errors=True)
+        return closed
 
 
 def from_log(
@@ -99,7 +112,7 @@ def from_log(
         start, _ = published.aggregates(published.read(start_log), retain)
         end = published.aggregates(retain)[0] if retain else None
         scores |= _trade_off(scores, start, end, config.evaluate)
-    with _folder(config, track, overwrite, say) as (folder, tracked):
+    with _folder(config, track, overwrite, False, say) as (folder, tracked):
         summary = {
             "log": log, "source": found.source, "scores": scores, "notes": notes,
             "rows": {name: len(rows) for name, rows in found.sets.items()}, "versions": provenance.tags(),
@@ -153,34 +166,45 @@ def _task(job: Job, group: Group, report: Report) -> tuple[Evaluation, Evaluatio
     benchmark = load_benchmark(config.benchmark)
     retain: Evaluation | None = None
     if config.retain_model is not None:
-        retain = _score(config.retain_model, "--retain-model", config, benchmark, None, job.texts, group)
+        retain = _score(config.retain_model, "--retain-model", job, benchmark, None, group)
     reference = retain.measurements if retain else None
-    return _score(config.model.path, "MODEL", config, benchmark, reference, job.texts, group), retain
+    return _score(config.model.path, "MODEL", job, benchmark, reference, group), retain
 
 
 def _score(
-    path: str, what: str, config: RunConfig, benchmark: Benchmark, reference: Any, texts: bool, group: Group
+    path: str, what: str, job: Job, benchmark: Benchmark, reference: metrics.Measurements | None, group: Group
 ) -> Evaluation:
+    config = job.config
     model = place_frozen(path, config.model, config.train, group, what)
+    alive.follow(model)
     tokenizer = models.load_tokenizer(path, what)
+    name = "model" if what == "MODEL" else "retain"
+    key = str(group.gather(identity.of_model(path))[0])
     return metrics.evaluate(
-        model, tokenizer, benchmark, config.evaluate, config.model, group=group, reference=reference, texts=texts
-    )
+        model, tokenizer, benchmark, config.evaluate, config.model, group=group, reference=reference, texts=job.texts,
+        progress=metrics.Progress(job.folder / name, key, group),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ results
 
 
 @contextmanager
-def _folder(config: RunConfig, track: bool, overwrite: bool, say: Say) -> Iterator[tuple[Path, Courier | None]]:
-    """The output folder, ready, and what delivers its journal."""
+def _folder(
+    config: RunConfig, track: bool, overwrite: bool, resume: bool, say: Say
+) -> Iterator[tuple[Path, Courier | None]]:
+    """The output folder, ready, and what delivers its journal.
+
+    A resumed evaluation need not be the one that was begun: what it measured of the same rows with the same model
+    counts, and nothing else.
+    """
     uri = tracking.resolve_uri(config.track) if track else None
     if uri is not None:
         tracking.check(uri, say=say)
-    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=False)
+    folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume)
     with output.hold(folder):
         courier = Courier(uri, config.track.experiment, folder, say=say) if uri is not None else None
-        folder = output.claim(folder, overwrite=overwrite, resume=False)
+        folder = output.claim(folder, overwrite=overwrite, resume=resume)
         (folder / "config.yaml").write_text(settings.to_yaml(without_secrets(config)))
         yield folder, courier
 

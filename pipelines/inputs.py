@@ -13,7 +13,7 @@ from gru_core.batch import Row, TokenRow, encode
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import ModelConfig, RunConfig
-from gru_core.metrics import Baseline, Evaluation, evaluate
+from gru_core.metrics import Baseline, Evaluation, Progress, evaluate
 from gru_core.parallel import Group
 from gru_core.placing import Start, place_frozen
 from pipelines import alive
@@ -104,8 +104,17 @@ def load(config: RunConfig) -> Shared:
     )
 
 
-def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baseline:
-    """Scores of the starting model and, where there is one, of the retain model, on all ranks of ``group``."""
+EVALUATING = ".evaluating"
+"""Folder in a run's folder: what an evaluation that is under way has measured."""
+
+
+def measure_baseline(config: RunConfig, shared: Shared, group: Group, kept: Path) -> Baseline:
+    """Scores of the starting model and, where there is one, of the retain model, on all ranks of ``group``.
+
+    Args:
+        kept: folder for what is measured until all is; see :class:`~gru_core.metrics.Progress`.
+    """
+    progress = Progress(kept, "baseline", group)
     retain: Evaluation | None = None
     if config.retain_model is not None:
         other = place_frozen(config.retain_model, config.model, config.train, group, "retain_model")
@@ -115,17 +124,21 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group) -> Baselin
         asked = config.evaluate
         names = ("forget_truth_ratio" if n == "forget_quality" else n for n in (*asked.metrics, *asked.final))
         settings = replace(asked, metrics=tuple(dict.fromkeys(names)), final=())
-        retain = evaluate(other, tokenizer, shared.benchmark, settings, config.model, group=group)
+        retain = evaluate(
+            other, tokenizer, shared.benchmark, settings, config.model, group=group, progress=progress.within("retain")
+        )
         del other
         _release()
     reference = retain.measurements if retain else None
     start_model = place_frozen(shared.start(config.model), config.model, config.train, group)
     alive.follow(start_model)
     start = evaluate(
-        start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group, reference=reference
-    )
+        start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group,
+        reference=reference, progress=progress.within("start"),
+    )  # fmt: skip
     del start_model
     _release()
+    progress.drop()
     return Baseline(start, retain)
 
 

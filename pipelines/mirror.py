@@ -18,7 +18,7 @@ from pipelines import journal
 from pipelines.storage import Stamp, Storage
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
-MODELS = ("model", "merged")
+MODELS = ("model", "merged", "best")
 POLL_S = 2.0
 """Seconds between two looks at the storage."""
 _REQUESTS = ("request.yaml", "config.yaml")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import RetainConfig, RunConfig
 from gru_core.errors import InputError
 from pipelines import identity, space
+from pipelines.prepare import cache_folder
 from pipelines.space import Family
 
 Say = Callable[[str], None]
@@ -71,7 +73,7 @@ def load(config: RunConfig, retains: Sequence[Retain], gpus: float) -> tuple[Any
     if shared.packed is None:
         return shared, rows  # no process holds the whole model: each trial's workers score it together
     group = current_group() if gpus else Group()
-    baseline = inputs.measure_baseline(config, shared, group)
+    baseline = inputs.measure_baseline(config, shared, group, kept(config, benchmark))
     trade_off(baseline.start.scores, baseline, config.evaluate)
     return shared.with_baseline(baseline), rows
 
@@ -134,6 +136,11 @@ def fingerprint(config: RunConfig, benchmark: Benchmark) -> str:
     ]
     text = json.dumps([benchmark.fingerprint(), scored, models])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def kept(config: RunConfig, benchmark: Benchmark) -> Path:
+    """Where the end points of these inputs are kept while they are measured: there is no output folder yet."""
+    return cache_folder() / "evaluating" / fingerprint(config, benchmark)[:16]
 
 
 def warn_size(sizes: Sequence[int], reads: Sequence[int], say: Say) -> None:

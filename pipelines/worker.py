@@ -16,13 +16,13 @@ from gru_core.config import RunConfig
 from gru_core.errors import NonFiniteError, StorageError
 from gru_core.loop import Hooks, Run
 from gru_core.losses import Rows
-from gru_core.metrics import Baseline, Evaluation, evaluate, trade_off
+from gru_core.metrics import Baseline, Evaluation, Progress, evaluate, trade_off
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, current_group, unwrap
 from gru_core.placing import frozen, place
 from gru_core.rectify import RULES
 from gru_core.retain import build_retain_loss
-from pipelines import alive, inputs, settings, stopping
+from pipelines import alive, best, inputs, settings, stopping
 from pipelines.inputs import Shared
 from pipelines.journal import Journal, points
 from pipelines.keeper import Keeper
@@ -108,15 +108,15 @@ def work(
     shared = shared or inputs.load(config)
     baseline = shared.baseline or baseline
     if baseline is None:
-        baseline = inputs.measure_baseline(config, shared, group)
+        baseline = inputs.measure_baseline(config, shared, group, folder / inputs.EVALUATING)
         trade_off(baseline.start.scores, baseline, config.evaluate)  # nothing to forget is bad input, too
     try:
         stop = stopping.polled(folder, stop_in, storage=_stop_storage(config, name, stop_in, group))
         return _Work(config, keeper, shared, baseline, report, group).go(name, tags or {}, keep_model, stop)
     except StorageError as error:
-        raise _with_checkpoint(error, folder / "checkpoints") from error
+        raise checkpoint.named(error, folder / "checkpoints") from error
     except OSError as error:
-        raise _with_checkpoint(StorageError(f"{folder} cannot be written: {error}"), folder / "checkpoints") from error
+        raise checkpoint.named(StorageError(f"{folder} cannot be written: {error}"), folder / "checkpoints") from error
 
 
 def _stop_storage(config: RunConfig, name: str, stop_in: Path | None, group: Group) -> Storage | None:
@@ -134,14 +134,6 @@ def _found(folder: Path, group: Group) -> tuple[Result | None, Baseline | None]:
     return group.gather(mine)[0]
 
 
-def _with_checkpoint(error: StorageError, folder: Path) -> StorageError:
-    """The error, naming the last whole checkpoint; one from writing a checkpoint does that already."""
-    if "last whole checkpoint" in str(error) or "no earlier checkpoint" in str(error):
-        return error
-    last = checkpoint.latest(folder)
-    return StorageError(f"{error}; the last whole checkpoint is {last.folder if last else 'none'}")
-
-
 class _Work:
     """The hooks of one run, and what they share."""
 
@@ -153,6 +145,7 @@ class _Work:
         self.baseline, self.report, self.group = baseline, report, group
         self.lead = group.rank == 0
         self.scores: dict[str, float] = {}
+        self.best = best.Best(config.evaluate.best, self.folder, group)
         start = shared.start(config.model)
         self.model: nn.Module = place(start, config.model, config.train, group)
         compares = build_retain_loss(config.retain.loss).needs_frozen
@@ -225,18 +218,18 @@ class _Work:
             self.journal.metrics(step, {f"train/{key}": value for key, value in metrics.items()})
             self.keeper.tick()
 
-    def _measure(self, step: int, last: bool) -> Evaluation:
-        if step == 0:
-            return self.baseline.start
+    def _measure(self, progress: Progress, last: bool) -> Evaluation:
         reference = self.baseline.retain.measurements if self.baseline.retain else None
         config, shared = self.config, self.shared
         return evaluate(
             self.model, shared.tokenizer, shared.benchmark, config.evaluate, config.model,
-            group=self.group, reference=reference, final=last,
+            group=self.group, reference=reference, final=last, progress=progress,
         )  # fmt: skip
 
     def _evaluate(self, step: int, last: bool) -> None:
-        found = self._measure(step, last)
+        # a step is the same model whenever it is reached, but for rounding on GPUs or with other workers
+        progress = Progress(self.folder / inputs.EVALUATING, f"step {step}", self.group)
+        found = self._measure(progress, last) if step else self.baseline.start
         ends = trade_off(found.scores, self.baseline, self.config.evaluate)
         self.scores = {**found.scores, **ends}
         if self.journal:
@@ -247,6 +240,12 @@ class _Work:
             self.journal.metrics(step, {f"eval/{key}": value for key, value in self.scores.items()})
             self.journal.artifact(file.relative_to(self.folder))
             self.keeper.store(file.relative_to(self.folder).as_posix())
+        progress.drop()
+        if self.best.takes(step, ends):
+            self._save(best.MODEL)
+            if self.lead:
+                self.best.store()
+                self.keeper.store(best.NAME)
         self.report({"step": step, **ends})
 
     def _stopped(self, steps: int) -> Result:
@@ -261,6 +260,8 @@ class _Work:
 
     def _close(self, status: str, steps: int, error: str | None, keep_model: bool) -> Result:
         result: Result = {"status": status, "steps": steps, "scores": self.scores, "points": []}
+        if self.best.rule is not None:
+            result["best"] = self.best.found
         if error:
             result["error"] = error
         if keep_model and not error:
@@ -280,13 +281,16 @@ class _Work:
         self.keeper.close()
         return result if self.lead else {}
 
+    def _save(self, name: str) -> Path:
+        """The model as it stands, as a folder: whole, or the adapter."""
+        saving.save(self.model, self.shared.tokenizer, self.config.model.path, self.folder / name, self.group)
+        if self.lead:
+            self.keeper.store_folder(name)
+        return self.folder / name
+
     def _save_model(self) -> None:
-        """The model as a folder: whole, or the adapter (and, where asked for, what it is merged into)."""
-        config, tokenizer, target = self.config, self.shared.tokenizer, self.folder / "model"
-        saving.save(self.model, tokenizer, config.model.path, target, self.group)
-        if not self.lead:
-            return
-        self.keeper.store_folder("model")
-        if config.output.merged:
-            saving.save_merged(target, tokenizer, config.model, self.folder / "merged")
+        """The final model and, where asked for, what its adapter is merged into."""
+        config, target = self.config, self._save("model")
+        if self.lead and config.output.merged:
+            saving.save_merged(target, self.shared.tokenizer, config.model, self.folder / "merged")
             self.keeper.store_folder("merged")

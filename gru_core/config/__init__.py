@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from gru_core.config.checks import STRICT, check
 from gru_core.config.model import BenchmarkConfig, LoraConfig, ModelConfig
 from gru_core.config.study import (
+    BestConfig,
     EvaluateConfig,
     FamilyConfig,
     OutputConfig,
@@ -50,6 +51,7 @@ class RunConfig:
 
 
 __all__ = [
-    "BenchmarkConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig", "PrepareConfig",
-    "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
+    "BenchmarkConfig", "BestConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig",
+    "PrepareConfig", "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig",
+    "UnlearnConfig",
 ]  # fmt: skip

@@ -9,6 +9,32 @@ from gru_core.config.checks import STRICT, check, finite
 
 
 @dataclass(frozen=True)
+class BestConfig:
+    """Which evaluated model of a run is its best: the most of one score with enough of the other."""
+
+    __pydantic_config__ = STRICT
+    maximise: Literal["unlearning", "retention"] = "unlearning"
+    at_least: float = 0.95
+    """Floor of the other score, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        names = ("unlearning", "retention")
+        check(self.maximise in names, "evaluate.best.maximise", self.maximise, ", ".join(names))
+        ok = finite(self.at_least) and 0 <= self.at_least <= 1
+        check(ok, "evaluate.best.at_least", self.at_least, "a number from 0 to 1")
+
+    @property
+    def other(self) -> str:
+        """The score with the floor."""
+        return "retention" if self.maximise == "unlearning" else "unlearning"
+
+    @property
+    def said(self) -> str:
+        """The rule in words."""
+        return f"highest {self.maximise} with {self.other} at least {self.at_least:g}"
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured at every evaluation, and the two numbers that span the trade-off."""
 
@@ -27,6 +53,9 @@ class EvaluateConfig:
     """Sequences per forward pass where all are as long as the longest; of shorter ones there are more."""
     max_new_tokens: int = 200
     """Longest greedy generation (ROUGE)."""
+    best: BestConfig | None = None
+    """Keep the best evaluated model too, in ``best`` beside ``model`` (a search: of each trial), such as
+    ``{maximise: unlearning, at_least: 0.95}``; null: the last one only."""
 
     def __post_init__(self) -> None:
         check(len(self.metrics) > 0, "evaluate.metrics", self.metrics, "at least one metric")

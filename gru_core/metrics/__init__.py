@@ -27,14 +27,15 @@ from gru_core.metrics import (
     utility,
 )
 from gru_core.metrics.base import AnswerScores, Evaluation, Hits, Measurements, Metric, Need, RowScores
+from gru_core.metrics.progress import Progress
 from gru_core.metrics.subject import ModelMetric, Subject
 from gru_core.metrics.tradeoff import Baseline, trade_off
 from gru_core.parallel import Group
 
 __all__ = [
     "METRICS", "MODEL_METRICS", "AnswerScores", "Baseline", "Evaluation", "Hits", "Measurements", "Metric",
-    "ModelMetric", "Need", "RowScores", "Subject", "available", "check_metric", "check_metrics", "evaluate", "find",
-    "requested", "trade_off",
+    "ModelMetric", "Need", "Progress", "RowScores", "Subject", "available", "check_metric", "check_metrics", "evaluate",
+    "find", "requested", "trade_off",
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {
@@ -153,6 +154,7 @@ def evaluate(
     reference: Measurements | None = None,
     texts: bool = False,
     final: bool = True,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score ``model``: every rank calls this with the same arguments, shares the rows, and gets the same result.
 
@@ -166,6 +168,7 @@ def evaluate(
             with a note: so is the retain model itself evaluated.
         texts: keep generated texts in the measurements.
         final: also the metrics of ``config.final``.
+        progress: keeps what is measured as it goes, for an evaluation that goes on after an interruption.
 
     Raises:
         InputError: as :func:`check_metrics`; a row without an answer token within the model's length.
@@ -174,22 +177,34 @@ def evaluate(
     group = group or Group()
     chosen = {name: find(name) for name in requested(config, final)}
 
-    def over_rows(metrics: Mapping[str, Metric]) -> Evaluation:
+    def over_rows(metrics: Mapping[str, Metric], kept: Progress | None, texts: bool = False) -> Evaluation:
         needs = dict.fromkeys(need for metric in metrics.values() for need in metric.needs)
         present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
-        found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group, texts)
+        found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group, texts, kept)
         return _compute(metrics, found, reference)
 
     def score(names: Sequence[str]) -> dict[str, float]:
-        return over_rows({name: METRICS[name] for name in names}).scores
+        return over_rows({name: METRICS[name] for name in names}, None).scores
 
-    found = over_rows({name: metric for name, metric in chosen.items() if isinstance(metric, Metric)})
+    rows_kept = progress.within("rows") if progress else None
+    over = {name: metric for name, metric in chosen.items() if isinstance(metric, Metric)}
+    found = over_rows(over, rows_kept, texts)
     scores = dict(found.scores)
     subject = Subject(model, tokenizer, benchmark, config, model_config, group, score)
-    for metric in chosen.values():
-        if isinstance(metric, ModelMetric):
-            scores |= metric.run(subject)
+    of_model = {name: metric for name, metric in chosen.items() if isinstance(metric, ModelMetric)}
+    kept = progress.within("model") if progress and of_model else None
+    done = kept.read(repr((config, model_config))) if kept else {}
+    for name, metric in of_model.items():
+        scores |= done[name] if name in done else _run(name, metric, subject, kept)
     return replace(found, scores=scores)
+
+
+def _run(name: str, metric: ModelMetric, subject: Subject, kept: Progress | None) -> Mapping[str, float]:
+    """A metric that works on the model, kept when it is done."""
+    scores = metric.run(subject)
+    if kept and subject.group.rank == 0:
+        kept.add({name: dict(scores)})
+    return scores
 
 
 def _compute(metrics: Mapping[str, Metric], found: Measurements, reference: Measurements | None) -> Evaluation:

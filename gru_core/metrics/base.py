@@ -93,7 +93,7 @@ class RowScores:
         rouge: ROUGE-L recall of the greedy generation, in [0, 1].
         gradient: mean over the parameter tensors of the L2 norm of the gradient of the answer's mean NLL, closing
             token left out.
-        generation: the generated text, where it was asked for; in no document of :meth:`to_json`.
+        generation: the generated text, where it was asked for; :meth:`to_json` has it only with ``texts``.
     """
 
     id: str
@@ -106,8 +106,8 @@ class RowScores:
     gradient: float | None = None
     generation: str | None = field(default=None, repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        names = ("answer", "hits", "paraphrase", "rouge", "tail", "gradient")
+    def to_json(self, texts: bool = False) -> dict[str, Any]:
+        names = ("answer", "hits", "paraphrase", "rouge", "tail", "gradient", *(["generation"] if texts else []))
         named = {name: getattr(self, name) for name in names}
         out: dict[str, Any] = {"id": self.id} | {k: v for k, v in named.items() if v is not None}
         return out | ({"perturbed": list(self.perturbed)} if self.perturbed else {})
@@ -126,6 +126,7 @@ class RowScores:
             rouge=data.get("rouge"),
             tail=Tail(*data["tail"]) if "tail" in data else None,
             gradient=data.get("gradient"),
+            generation=data.get("generation"),
         )
 
 

@@ -1,11 +1,17 @@
-"""The measuring: teacher forcing over answers, greedy generations and gradients, spread over the ranks by row."""
+"""The measuring: teacher forcing over answers, greedy generations and gradients, spread over the ranks by row.
+
+Rows go in parts of like lengths, each measured whole and then kept, so that an evaluation that was interrupted goes on
+behind the last part. The parts are the same whatever was done before, and so are the numbers.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,10 +24,15 @@ from gru_core.metrics.base import Kind, Measurements, Need, RowScores, Tail
 from gru_core.metrics.forced import Forced, teacher_forced
 from gru_core.metrics.generate import greedy
 from gru_core.metrics.gradients import gradient_norms
+from gru_core.metrics.progress import Progress
 from gru_core.metrics.rouge import rouge_l_recall
 from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.tokens import EncodedRow, encode_row
 from gru_core.parallel import Group, is_sharded, lockstep, unwrap
+
+T = TypeVar("T")
+PARTS = 8
+"""A part has this many times ``evaluate.batch_rows`` rows."""
 
 
 class _Task(NamedTuple):
@@ -45,30 +56,74 @@ def measure(
     model_config: ModelConfig,
     group: Group,
     texts: bool = False,
+    progress: Progress | None = None,
 ) -> Measurements:
     """Measure ``needs`` on this rank's share of the rows; every rank gets all of them back.
 
     Consumes no random numbers and leaves the model's train mode as it was. All ranks tokenise all rows, so that
     a bad row is an error on each of them and none is left waiting. Generated texts are kept with ``texts`` only.
 
+    Args:
+        progress: where parts are kept as they are measured, and where those of an interrupted evaluation stand.
+
     Raises:
         InputError: a row has no answer token within the model's length, or the model cannot generate.
     """
     plain = unwrap(model)
     tasks = _tasks(plain, tokenizer, benchmark, needs, config, model_config)
-    mine = group.share(tasks)
+    done = progress.read(_digest(tasks, config, model_config, texts)) if progress else {}
+    found = {i: RowScores.from_json(done[key]) for i, t in enumerate(tasks) if (key := _key(t, i)) in done}
     device = group.device if is_sharded(model) else next(plain.parameters()).device  # shards may rest on the host
     bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=model_config.dtype == "bfloat16")
+    # longest first: memory fails early, and rows of a part are of like lengths on every rank
+    order = sorted(range(len(tasks)), key=lambda i: -_tokens(tasks[i]))
+    mine: list[tuple[int, RowScores]] = []
     with _evaluating(plain), bf16, lockstep(model, group) as forward:
         scorer = Scorer(plain, forward, device)
-        forced = teacher_forced(scorer, *_asked(mine), _pad_id(tokenizer), config.batch_rows)
-        made = _generated(scorer, tokenizer, mine, config)
-    gradients = _gradients(plain, mine, device, model_config)
-    scores = [_row(task, forced, made.get(task), gradients.get(task), texts) for task in mine]
+        for part in batched(group.share(order), PARTS * config.batch_rows):
+            left = [i for i in part if i not in found]
+            scores = _measure_part(scorer, tokenizer, [tasks[i] for i in left], config, texts)
+            mine += zip(left, scores, strict=True)
+            if progress and left:
+                progress.add({_key(tasks[i], i): row.to_json(texts) for i, row in zip(left, scores, strict=True)})
+    for share in group.gather(mine):
+        found |= dict(share)
     sets: dict[str, list[RowScores]] = {}
-    for task, row in zip(tasks, group.gather_shared(scores), strict=True):
-        sets.setdefault(task.set, []).append(row)
+    for i, task in enumerate(tasks):
+        sets.setdefault(task.set, []).append(found[i])
     return Measurements({name: tuple(rows) for name, rows in sets.items()})
+
+
+def _key(task: _Task, place: int) -> str:
+    """A task in the progress of its evaluation; ids alone may repeat."""
+    return f"{task.set} {place}"
+
+
+def _tokens(task: _Task) -> int:
+    """Of its longest sequence."""
+    encoded = task.encoded
+    answers = (encoded.answer, encoded.paraphrase, *encoded.perturbed)
+    return max(len(answer.ids) for answer in answers if answer is not None)
+
+
+def _digest(tasks: Sequence[_Task], config: EvaluateConfig, model_config: ModelConfig, texts: bool) -> str:
+    """Of everything that the numbers of these tasks depend on, besides the model's weights."""
+    digest = hashlib.sha256(repr((config.max_new_tokens, model_config.dtype, texts)).encode())
+    for task in tasks:
+        answers = [a.ids for a in (task.encoded.answer, task.encoded.paraphrase, *task.encoded.perturbed) if a]
+        digest.update(repr((task.set, task.row.id, task.row.answer, sorted(task.kinds), answers)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _measure_part(
+    scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig, texts: bool
+) -> list[RowScores]:
+    if not tasks:
+        return []
+    forced = teacher_forced(scorer, *_asked(tasks), _pad_id(tokenizer), config.batch_rows)
+    made = _generated(scorer, tokenizer, tasks, config)
+    gradients = _gradients(scorer.model, tasks, scorer.device)
+    return [_row(task, forced, made.get(task), gradients.get(task), texts) for task in tasks]
 
 
 def _tasks(
@@ -95,6 +150,13 @@ def _tasks(
     ]
 
 
+def batched(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """Runs of ``size`` items in order; the last may be shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every submodule's own mode back afterwards."""
@@ -118,15 +180,12 @@ def _asked(tasks: Sequence[_Task]) -> tuple[dict[TokenRow, None], set[TokenRow]]
     return wanted, {task.encoded.answer for task in tasks if "tail" in task.kinds}
 
 
-def _gradients(
-    model: nn.Module, tasks: Sequence[_Task], device: torch.device, config: ModelConfig
-) -> dict[_Task, float]:
+def _gradients(model: nn.Module, tasks: Sequence[_Task], device: torch.device) -> dict[_Task, float]:
     """Gradient norms of the tasks that ask for one."""
     asked = [task for task in tasks if "gradient" in task.kinds]
     if not asked:
         return {}
-    with _evaluating(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return dict(zip(asked, gradient_norms(model, [t.encoded.answer for t in asked], device), strict=True))
+    return dict(zip(asked, gradient_norms(model, [t.encoded.answer for t in asked], device), strict=True))
 
 
 def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, str]:
