@@ -77,7 +77,8 @@ def answer_hits(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tens
 
     A position whose largest logit is not finite is no hit: a diverged model remembers nothing.
     """
-    return _scatter(_hits(*_gather(logits_BTV, labels_BT)), labels_BT)
+    logits_NV, targets_N = _gather(logits_BTV, labels_BT)
+    return _scatter(_top(logits_NV) == targets_N, labels_BT)
 
 
 class AnswerTokens(NamedTuple):
@@ -86,6 +87,7 @@ class AnswerTokens(NamedTuple):
     Attributes:
         nll: negative log-likelihood, nats.
         hits: whether the token is the arg-max; never where the largest logit is not finite.
+        top: the token that is the arg-max, int64; -1 where the largest logit is not finite.
         standard: ``(log p_t - mu) / sigma`` where it was asked for: mu and sigma are the mean and the standard
             deviation of log p under the model's own next-token distribution, the variance at least 1e-6 (Min-K%++,
             arXiv 2404.02936, equation 3).
@@ -93,6 +95,7 @@ class AnswerTokens(NamedTuple):
 
     nll: torch.Tensor
     hits: torch.Tensor
+    top: torch.Tensor
     standard: torch.Tensor | None = None
 
 
@@ -107,28 +110,30 @@ def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: b
     flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
     slices = torch.arange(len(place_N), device=place_N.device).split(max(1, ELEMENTS // flat.shape[1]))
     found = [_tokens(flat.index_select(0, place_N[n]), targets_N[n], standard) for n in slices]
-    nll_N, hits_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
+    nll_N, top_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
     scattered = _scatter(standard_N, labels_BT) if standard else None
-    return AnswerTokens(_scatter(nll_N, labels_BT), _scatter(hits_N, labels_BT), scattered)
+    hits_BT1 = _scatter(top_N == targets_N, labels_BT)
+    return AnswerTokens(_scatter(nll_N, labels_BT), hits_BT1, _scatter(top_N, labels_BT), scattered)
 
 
 def _tokens(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, standard: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hits_N, precise_NV = _hits(logits_NV, targets_N), _precise(logits_NV)
+    top_N, precise_NV = _top(logits_NV), _precise(logits_NV)
     if not standard:
-        return F.cross_entropy(precise_NV, targets_N, reduction="none"), hits_N, targets_N.double()
+        return F.cross_entropy(precise_NV, targets_N, reduction="none"), top_N, targets_N.double()
     logp_NV = precise_NV.log_softmax(-1)
     target_N, p_NV = logp_NV.gather(1, targets_N[:, None]).squeeze(1), logp_NV.exp()
     mu_N = (p_NV * logp_NV).nan_to_num(nan=0.0).sum(-1)  # 0 * -inf: a token that cannot come adds nothing
     # not the mean square less the squared mean: in float32 their difference has no digits where the model is sure
     variance_N = (p_NV * (logp_NV - mu_N[:, None]).square()).nan_to_num(nan=0.0).sum(-1)
-    return -target_N, hits_N, (target_N - mu_N) / variance_N.clamp(min=1e-6).sqrt()
+    return -target_N, top_N, (target_N - mu_N) / variance_N.clamp(min=1e-6).sqrt()
 
 
-def _hits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    top_N, place_N = logits_NV.max(dim=-1)
-    return (place_N == targets_N) & torch.isfinite(top_N)
+def _top(logits_NV: torch.Tensor) -> torch.Tensor:
+    """The arg-max, (N,); -1 where the largest logit is not finite."""
+    value_N, place_N = logits_NV.max(dim=-1)
+    return place_N.masked_fill(~torch.isfinite(value_N), -1)
 
 
 def _precise(logits: torch.Tensor) -> torch.Tensor:

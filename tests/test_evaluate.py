@@ -500,7 +500,7 @@ def test_the_trade_off_metrics_are_always_measured(llama, tokenizer, bench):
     result = evaluate(llama, tokenizer, bench, replace(config, max_new_tokens=3), ModelConfig())
     assert set(result.scores) == {"forget_rouge", "forget_probability", "retain_rouge"}
     assert {name: len(rows) for name, rows in result.measurements.sets.items()} == {"forget": 2, "retain": 2}
-    assert result.measurements.rows("retain")[0].answer is None  # no forward pass for it
+    assert result.measurements.rows("retain")[0].answer is None
 
 
 def test_forget_quality_against_a_reference(llama, tokenizer, bench, found):
@@ -583,6 +583,33 @@ def test_batched_generation_equals_hugging_face_row_by_row(kind, batch_rows, lla
     assert len({len(e) for e in expected}) > 2
     made = greedy(Scorer.of(model), prompts, stop=stop, pad_id=0, max_new_tokens=20, batch_rows=batch_rows)
     assert made == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("limit", [2, 5, 30])
+def test_generation_from_where_it_leaves_the_answer_is_hugging_faces(
+    kind, limit, llama, gpt2, tokenizer, bench, request, monkeypatch
+) -> None:
+    """Rows known by heart are not generated at all, and the others from their first wrong token on."""
+    model = request.getfixturevalue(kind)
+    passes: list[int] = []
+    whole = greedy
+
+    def counted(scorer, prompts, **rest):
+        passes.append(sum(len(b) > 1 for b in rest["begun"]))
+        return whole(scorer, prompts, **rest)
+
+    monkeypatch.setattr("gru_core.metrics.measure.greedy", counted)
+    settings = EvaluateConfig(metrics=("forget_rouge", "retain_rouge"), max_new_tokens=limit,
+                              unlearning="forget_probability", retention="retain_probability")  # fmt: skip
+    result = evaluate(model, tokenizer, bench, settings, ModelConfig(), texts=True)
+    for name in ("forget", "retain"):
+        for row, got in zip(bench.scored[name], result.measurements.rows(name), strict=True):
+            ids = encode(tokenizer, Row(row.id, row.prompt, row.answer), 40 if kind == "gpt2" else 64)
+            prompt = list(ids.ids[: ids.prompt_length])
+            expected = hugging_face(model, prompt, {tokenizer.eos_token_id}, limit)
+            assert got.generation == tokenizer.decode(expected, skip_special_tokens=True)
+    assert (passes[0] > 3) is (kind == "llama"), "the trained one follows some answers for a while"
 
 
 def test_generation_ends_where_the_positions_end(gpt2, tokenizer):

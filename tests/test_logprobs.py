@@ -59,9 +59,11 @@ def test_nll_counts_hits_equal_a_python_loop(logits, labels):
 
 
 def test_one_gather_gives_the_same_as_two(logits, labels):
-    nll, hits, _ = logprobs.answer_tokens(logits, labels)
+    nll, hits, top, _ = logprobs.answer_tokens(logits, labels)
     assert torch.equal(nll, logprobs.answer_nll(logits, labels))
     assert torch.equal(hits, logprobs.answer_hits(logits, labels))
+    answers = logprobs.answer_mask(labels)
+    assert torch.equal(top[answers], logits[:, :-1][answers].argmax(-1))
 
 
 def test_gradient_equals_the_hugging_face_style_loss(logits, labels):

@@ -24,10 +24,20 @@ Prompt = tuple[int, ...]
 
 
 class Answer(NamedTuple):
-    """One answer under teacher forcing; ``tail`` is Min-K% and Min-K%++ where they were asked for."""
+    """One answer under teacher forcing.
+
+    Attributes:
+        led: how many of its first tokens, the closing one included, are the arg-max: greedy generation behind its
+            prompt begins with them.
+        next: the token that generation goes on with behind those; None where there is none (the whole answer was
+            led, or the logits are not finite).
+        tail: Min-K% and Min-K%++ where they were asked for.
+    """
 
     scores: AnswerScores
     hits: Hits
+    led: int
+    next: int | None
     tail: tuple[float, float] | None = None
 
 
@@ -138,14 +148,18 @@ def _answers(
     matched_B = (plain_BK1 & hits_BK1).sum(1)
     prefix_B = ((missed_BK1 * (column_K1 + 1)).amax(1) - begin_B).clamp(min=0)
     nll_B, tokens_B = sequence_nll(nll_BK1), answer_counts(labels_BK)
-    columns = [t.tolist() for t in (nll_B, tokens_B, matched_B, prefix_B, length_B)]
+    led_BK1 = (hits_BK1 | (column_K1 < begin_B[:, None])).cumprod(1) * (column_K1 >= begin_B[:, None])
+    led_B = led_BK1.sum(1)
+    next_B = found.top.gather(1, (begin_B + led_B).clamp(max=K - 2)[:, None]).squeeze(1)
+    next_B = next_B.masked_fill(led_B == tokens_B, -1)
+    columns = [t.tolist() for t in (nll_B, tokens_B, matched_B, prefix_B, length_B, led_B, next_B)]
     pairs: list[tuple[float, float] | None] = [None] * len(rows)
     if found.standard is not None:
         both = (_least_likely(x_BK1, plain_BK1) for x_BK1 in (nll_BK1, _finite(-found.standard)))
         pairs = [pair if row in tails else None for row, pair in zip(rows, zip(*both, strict=True), strict=True)]
     return [
-        Answer(AnswerScores(nll, n), Hits(m, k, length), tail)
-        for nll, n, m, k, length, tail in zip(*columns, pairs, strict=True)
+        Answer(AnswerScores(nll, n), Hits(m, k, length), led, follows if follows >= 0 else None, tail)
+        for nll, n, m, k, length, led, follows, tail in zip(*columns, pairs, strict=True)
     ]
 
 

@@ -1,5 +1,8 @@
 """Greedy generation: batched, left padding, key-value cache, rows dropped from the batch as they end.
 
+Where the true answer went through the model already, that pass tells how far generation follows it, and the first token
+that leaves it: generation goes on from there, and what a model knows by heart is not generated at all.
+
 An own loop and not ``model.generate``: that one takes defaults of the model's folder along (repetition penalty,
 forced tokens), and goes on with logits that are not numbers. Shape legend: B rows, S prompt positions, V vocabulary.
 """
@@ -26,23 +29,35 @@ def greedy(
     pad_id: int,
     max_new_tokens: int,
     batch_rows: int,
+    begun: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Arg-max continuation of each prompt, in order; stop tokens are left out.
 
     A row ends at a token of ``stop``, after ``max_new_tokens``, where the model's positions end, or at logits that
     are not finite.
 
+    Args:
+        begun: the first tokens of each continuation, where they are known; a row that ends in them is done.
+
     Raises:
         InputError: the model has no key-value cache.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths: little padding
-    out: list[list[int]] = [[] for _ in prompts]
+    begun = [tokens[:max_new_tokens] for tokens in begun or [()] * len(prompts)]
+    out, known = [_until(tokens, stop) for tokens in begun], list(map(len, begun))
+    left = [i for i in range(len(prompts)) if len(out[i]) == known[i] < max_new_tokens]
+    order = sorted(left, key=lambda i: -(len(prompts[i]) + known[i]))  # alike lengths: little padding
     for start in range(0, len(order), batch_rows):
         chosen = order[start : start + batch_rows]
-        batch = _Batch(scorer, [prompts[i] for i in chosen], pad_id, max_new_tokens)
+        rest = max_new_tokens - min(known[i] for i in chosen)
+        batch = _Batch(scorer, [[*prompts[i], *out[i]] for i in chosen], pad_id, rest)
         for place, tokens in zip(chosen, batch.run(stop), strict=True):
-            out[place] = tokens
+            out[place] += tokens[: max_new_tokens - known[place]]
     return out
+
+
+def _until(tokens: Sequence[int], stop: Collection[int]) -> list[int]:
+    """``tokens`` before the first one that ends a row."""
+    return next((list(tokens[:i]) for i, token in enumerate(tokens) if token in stop), list(tokens))
 
 
 class _Batch:

@@ -21,7 +21,7 @@ from gru_core.batch import TokenRow
 from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.config import EvaluateConfig, ModelConfig
 from gru_core.metrics.base import Kind, Measurements, Need, RowScores, Tail
-from gru_core.metrics.forced import Forced, teacher_forced
+from gru_core.metrics.forced import Answer, Forced, teacher_forced
 from gru_core.metrics.generate import greedy
 from gru_core.metrics.gradients import gradient_norms
 from gru_core.metrics.progress import Progress
@@ -121,7 +121,7 @@ def _measure_part(
     if not tasks:
         return []
     forced = teacher_forced(scorer, *_asked(tasks), _pad_id(tokenizer), config.batch_rows)
-    made = _generated(scorer, tokenizer, tasks, config)
+    made = _generated(scorer, tokenizer, tasks, forced, config)
     gradients = _gradients(scorer.model, tasks, scorer.device)
     return [_row(task, forced, made.get(task), gradients.get(task), texts) for task in tasks]
 
@@ -173,7 +173,7 @@ def _asked(tasks: Sequence[_Task]) -> tuple[dict[TokenRow, None], set[TokenRow]]
     """The answers that ``tasks`` ask for, equal ones once; and those of them whose tails are asked for."""
     wanted: dict[TokenRow, None] = {}
     for task in tasks:
-        rows = [task.encoded.answer] if task.kinds & {"answer", "tail"} else []
+        rows = [task.encoded.answer] if task.kinds & {"answer", "tail", "rouge"} else []
         if "truth" in task.kinds:
             rows += [*([task.encoded.paraphrase] if task.encoded.paraphrase else []), *task.encoded.perturbed]
         wanted |= dict.fromkeys(rows)
@@ -188,8 +188,10 @@ def _gradients(model: nn.Module, tasks: Sequence[_Task], device: torch.device) -
     return dict(zip(asked, gradient_norms(model, [t.encoded.answer for t in asked], device), strict=True))
 
 
-def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, str]:
-    """The greedy generation of every task that asks for ROUGE."""
+def _generated(
+    scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], forced: Forced, config: EvaluateConfig
+) -> dict[_Task, str]:
+    """The greedy generation of every task that asks for ROUGE, from where it leaves the true answer on."""
     asked = [t for t in tasks if "rouge" in t.kinds]
     if not asked:
         return {}
@@ -200,8 +202,15 @@ def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: E
         pad_id=_pad_id(tokenizer),
         max_new_tokens=config.max_new_tokens,
         batch_rows=config.batch_rows,
+        begun=[_begun(t.encoded.answer, forced[t.encoded.answer]) for t in asked],
     )
     return dict(zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
+
+
+def _begun(row: TokenRow, found: Answer) -> list[int]:
+    """The first tokens of the generation behind the prompt of ``row``, as its teacher-forced pass tells them."""
+    first = list(row.ids[row.prompt_length : row.prompt_length + found.led])
+    return first if found.next is None else [*first, found.next]
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
