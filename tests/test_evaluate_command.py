@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from gru_core.metrics import METRICS
+from gru_core.metrics import METRICS, measure
 from gru_core.metrics.rouge import rouge_l_recall
 from pipelines import cli
 from tests.study import Study
@@ -78,6 +78,38 @@ def test_texts_and_chosen_metrics_on_request(study: Study, gru: Gru, tmp_path: P
         assert row["rouge"] == rouge_l_recall(row["text"]["answer"], row["text"]["generation"])
 
 
+def test_an_interrupted_one_goes_on_by_row(
+    study: Study, gru: Gru, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["-c", str(study.config), "--metrics", "forget_rouge,retain_probability", "--set", "evaluate.batch_rows=2"]
+    asked += ["--set", "evaluate.max_new_tokens=6"]
+    assert gru(*asked, "--output", "whole")[0] == 0
+    parts: list[int] = []
+    work = measure._measure_part
+
+    def part(scorer: Any, tokenizer: Any, tasks: Any, *rest: Any) -> Any:
+        if len(parts) == 9:  # the retain model has 14 rows, and so has the model
+            raise KeyboardInterrupt
+        parts.append(len(tasks))
+        return work(scorer, tokenizer, tasks, *rest)
+
+    monkeypatch.setattr(measure, "PARTS", 1)
+    monkeypatch.setattr(measure, "_measure_part", part)
+    code, _, err = gru(*asked, "--output", "cut")
+    assert code == 130, err
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    code, _, err = gru(*asked, "--output", "cut")
+    assert (code, "--resume continues it" in err) == (2, True)
+    done, parts = sum(parts), [0] * 10
+    assert gru(*asked, "--output", "cut", "--resume")[0] == 0
+    assert done + sum(parts) == 2 * 14
+    assert done > 14, "it was the second model"
+    whole, cut = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
+    assert cut["scores"] == pytest.approx(whole["scores"], rel=1e-6)
+    assert cut["retain_scores"] == pytest.approx(whole["retain_scores"], rel=1e-6)
+    assert not (tmp_path / "cut" / ".evaluating").exists()
+
+
 def test_it_is_a_point_beside_the_runs_of_an_experiment(study: Study, gru: Gru, shared_data: Path) -> None:
     logs = shared_data / "tofu_eval_logs"
     full, retain = (logs / f"llama-3.2-1b_{n}" / "TOFU_EVAL.json" for n in ("full_forget10", "retain90"))
@@ -100,6 +132,7 @@ def test_it_is_a_point_beside_the_runs_of_an_experiment(study: Study, gru: Gru, 
         ([], "got neither MODEL nor --from-log"),
         (["model", "--from-log", "x"], "MODEL: not with --from-log"),
         (["model", "--retain-log", "x"], "--retain-log: only with --from-log"),
+        (["--from-log", "x", "--resume"], "--resume: not with --from-log"),
         (["--from-log", "x", "--with-text"], "--with-text: not with --from-log"),
         (["--from-log", "nowhere.json"], "nowhere.json: cannot be read"),
         (["nowhere", "--benchmark", "authors"], "MODEL"),
