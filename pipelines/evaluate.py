@@ -53,7 +53,7 @@ def run(
     settings.check(config)
     for path, what in ((config.model.path, "MODEL"), (config.retain_model, "--retain-model")):
         if path is not None and path != "prepared":
-            models.check_model(path, what)
+            models.check_model(path, what, config.model.tokenizer)
     benchmark = load_benchmark(config.benchmark)
     chosen, notes = _metrics(config, names, benchmark)
     config = replace(absolute(config), evaluate=chosen)
@@ -159,7 +159,7 @@ def _score(
     path: str, what: str, config: RunConfig, benchmark: Benchmark, reference: Any, texts: bool, group: Group
 ) -> Evaluation:
     model = place_frozen(path, config.model, config.train, group, what)
-    tokenizer = models.load_tokenizer(path, what)
+    tokenizer = models.tokenizer_of(path, config.model, what)
     return metrics.evaluate(
         model, tokenizer, benchmark, config.evaluate, config.model, group=group, reference=reference, texts=texts
     )

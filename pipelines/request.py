@@ -90,7 +90,7 @@ def check_data(request: Request) -> None:
     build_objective(config.unlearn)
     build_rule(config.rectify)
     inputs = list(package.find_inputs(config))  # refuses missing files and folders
-    local = {"authors": True, "tofu": config.benchmark.data_dir is not None}.get(config.benchmark.name, True)
+    local = config.benchmark.name not in ("tofu", "muse") or config.benchmark.data_dir is not None
     data = [item for item in inputs if item.key.startswith("benchmark.")]
     if not local or not all(item.files for item in data):
         return  # rows on a hub or only on the cluster: the job itself checks them

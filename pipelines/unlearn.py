@@ -50,9 +50,14 @@ def check_inputs(config: RunConfig) -> int:
     ray_start.check_gpus(config.train)
     build_objective(config.unlearn)
     build_rule(config.rectify)
-    for path, what in ((config.model.path, "model.path"), (config.retain_model, "retain_model")):
+    named = {
+        "model.path": config.model.path,
+        "retain_model": config.retain_model,
+        "evaluate.start": config.evaluate.start,
+    }
+    for what, path in named.items():
         if path is not None and path != "prepared":
-            models.check_model(path, what)
+            models.check_model(path, what, config.model.tokenizer)
     benchmark = load_benchmark(config.benchmark)
     check_metrics(config.evaluate, config.retain_model is not None, benchmark)
     return len(retain_subset(benchmark, config.retain, config.train.seed))

@@ -170,8 +170,8 @@ class _Work:
             self.model,
             config,
             build_objective(config.unlearn),
-            Rows(shared.forget),
-            Rows([shared.retain[i] for i in subset]),
+            Rows(inputs.flat(shared.forget)),
+            Rows(inputs.flat(shared.retain[i] for i in subset)),
             self.group,
             Hooks(log=self._log, evaluate=self._evaluate, stop=stop, saved=self.keeper.saved),
             self.folder / "checkpoints",
@@ -226,7 +226,7 @@ class _Work:
             self.keeper.tick()
 
     def _measure(self, step: int) -> Evaluation:
-        if step == 0:
+        if step == 0 and self.config.evaluate.start is None:
             return self.baseline.start
         reference = self.baseline.retain.measurements if self.baseline.retain else None
         config, shared = self.config, self.shared

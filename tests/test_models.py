@@ -67,7 +67,7 @@ def test_incomplete_folders_are_refused(folder: Path, tmp_path: Path, remove: st
     shutil.copytree(folder, broken)
     (broken / remove).unlink()
     with pytest.raises(InputError, match=message):
-        models.load_model(str(broken), ModelConfig())
+        models.check_model(str(broken))
 
 
 def test_pickled_weights_and_missing_folders_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ class RunConfig:
         workers, batch = self.train.workers, self.unlearn.batch_size
         if workers > 1:
             check(batch >= workers, "unlearn.batch_size", batch, f"at least train.workers ({workers})")
+        tokenizer, prepared = self.model.tokenizer, "prepared" in (self.model.path, self.retain_model)
+        ok = tokenizer is None or (bool(tokenizer) and not prepared)
+        check(ok, "model.tokenizer", tokenizer, "null, or a folder or hub id; null with prepared models")
         merged = self.output.merged
         check(not merged or self.model.lora is not None, "output.merged", merged, "false without model.lora")
 

@@ -24,13 +24,24 @@ class EvaluateConfig:
     batch_rows: int = 64
     """Sequences per forward pass where all are as long as the longest; of shorter ones there are more."""
     max_new_tokens: int = 200
-    """Longest greedy generation (ROUGE)."""
+    """Longest greedy generation (ROUGE). MUSE's metrics have lengths of their own: 128 (verbmem) and 32 (knowmem)."""
+    convention: Literal["original", "openunlearning"] = "original"
+    """Whose conventions the metrics follow where published code differs. ``original``: the code of the paper that
+    introduced the metric. ``openunlearning``: extraction strength is 1/n, not 0, where not even the last of n tokens is
+    the arg-max; 1e-10 is added to the denominators of truth ratio, its inverse, choice probability and privleak;
+    verbmem and knowmem compare stemmed words, verbmem with the whole continuation instead of its first 128 tokens."""
+    start: str | None = None
+    """Folder or hub id of the model that unlearning and retention are counted from; null: ``model.path``. The requests
+    of a sequence are all counted from the first one's."""
 
     def __post_init__(self) -> None:
         check(len(self.metrics) > 0, "evaluate.metrics", self.metrics, "at least one metric")
         for name in ("batch_rows", "max_new_tokens"):
             value = getattr(self, name)
             check(value >= 1, f"evaluate.{name}", value, "a whole number from 1")
+        conventions = ("original", "openunlearning")
+        check(self.convention in conventions, "evaluate.convention", self.convention, ", ".join(conventions))
+        check(self.start not in ("", "prepared"), "evaluate.start", self.start, "null, a folder or a hub id")
         check(self.rows is None or self.rows >= 1, "evaluate.rows", self.rows, "null or a whole number from 1")
 
 

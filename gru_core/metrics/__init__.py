@@ -5,6 +5,7 @@ A new metric is one file and one line in ``METRICS``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from gru_core.metrics import (
     forget_quality,
     measure,
     membership,
+    muse,
     probability,
     rouge,
     truth_ratio,
@@ -47,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "retain_exact_memorization": exact_memorization.retain,
     **utility.METRICS,
     **membership.METRICS,
+    **muse.METRICS,
 }
 
 
@@ -155,6 +158,7 @@ def evaluate(
     needs = dict.fromkeys(need for metric in chosen.values() for need in metric.needs)
     present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
     found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group or Group(), texts)
+    found = replace(found, convention=config.convention)
     scores: dict[str, float] = {}
     notes: list[str] = []
     for name, metric in chosen.items():

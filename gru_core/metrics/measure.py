@@ -17,8 +17,8 @@ from gru_core.config import EvaluateConfig, ModelConfig
 from gru_core.metrics.base import Kind, Measurements, Need, RowScores, Tail
 from gru_core.metrics.forced import Forced, teacher_forced
 from gru_core.metrics.generate import greedy
+from gru_core.metrics.generations import GENERATIONS, Made
 from gru_core.metrics.gradients import gradient_norms
-from gru_core.metrics.rouge import rouge_l_recall
 from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.tokens import EncodedRow, encode_row
 from gru_core.parallel import Group, is_sharded, lockstep, unwrap
@@ -129,20 +129,25 @@ def _gradients(
         return dict(zip(asked, gradient_norms(model, [t.encoded.answer for t in asked], device), strict=True))
 
 
-def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, str]:
-    """The greedy generation of every task that asks for ROUGE."""
-    asked = [t for t in tasks if "rouge" in t.kinds]
-    if not asked:
-        return {}
-    made = greedy(
-        scorer,
-        [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
-        stop=stop_tokens(scorer.model, tokenizer),
-        pad_id=_pad_id(tokenizer),
-        max_new_tokens=config.max_new_tokens,
-        batch_rows=config.batch_rows,
-    )
-    return dict(zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
+def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: EvaluateConfig) -> dict[_Task, Made]:
+    """The greedy generation of every task that asks for one, scored; of several kinds on one row, the scores of all."""
+    out: dict[_Task, Made] = {}
+    for kind, generation in GENERATIONS.items():
+        asked = [t for t in tasks if kind in t.kinds]
+        if not asked:
+            continue
+        made = greedy(
+            scorer,
+            [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
+            stop=stop_tokens(scorer.model, tokenizer),
+            pad_id=_pad_id(tokenizer),
+            max_new_tokens=generation.new_tokens or config.max_new_tokens,
+            batch_rows=config.batch_rows,
+        )
+        for task, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+            score = generation.score(tokenizer, task.row.answer, text, config.convention)
+            out[task] = score.joined(out.get(task))
+    return out
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -158,7 +163,7 @@ def _pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _row(task: _Task, forced: Forced, made: str | None, gradient: float | None, texts: bool) -> RowScores:
+def _row(task: _Task, forced: Forced, made: Made | None, gradient: float | None, texts: bool) -> RowScores:
     found = forced.get(task.encoded.answer)
     answer, hits = (found.scores, found.hits) if found and "answer" in task.kinds else (None, None)
     tail = found.tail if found and "tail" in task.kinds else None
@@ -170,8 +175,9 @@ def _row(task: _Task, forced: Forced, made: str | None, gradient: float | None, 
         hits=hits,
         paraphrase=forced[paraphrase].scores if paraphrase else None,
         perturbed=tuple(forced[p].scores for p in perturbed),
-        rouge=rouge_l_recall(task.row.answer, made) if made is not None else None,
+        rouge=made.rouge if made else None,
+        f1=made.f1 if made else None,
         tail=Tail(*tail, len(zlib.compress(task.row.answer.encode()))) if tail else None,
         gradient=gradient,
-        generation=made if texts else None,
+        generation=made.text if made and texts else None,
     )
