@@ -247,11 +247,10 @@ def _data_files(config: RunConfig, folder: Path) -> list[str]:
     """Names of the files that the benchmark reads from its ``data_dir``, which ``folder`` is."""
     from gru_core.benchmarks import muse, tofu
 
-    if config.benchmark.name == "muse":
-        splits = config.requests.splits or (config.benchmark.split,)
-        found = [path for split in splits for path in muse.files(folder, split)]
-        return sorted({path.relative_to(folder).as_posix() for path in found})
-    forget = config.benchmark.split
-    parts = (forget, tofu.RETAIN_OF[forget], f"{forget}_perturbed", "retain_perturbed", *tofu.FACTS.values())
-    optional = [name for name in (f"{tofu.HOLDOUT[forget]}.json",) if (folder / name).is_file()]
-    return [f"{part}.json" for part in parts] + optional
+    data = config.benchmark
+    splits = config.requests.splits or (data.split,)
+    if data.name == "muse":
+        found = {path.relative_to(folder).as_posix() for split in splits for path in muse.files(folder, split)}
+    else:
+        found = {name for split in splits for name in tofu.files(folder, split)}
+    return sorted(found)

@@ -16,6 +16,7 @@ from gru_core.config.study import (
     FamilyConfig,
     OutputConfig,
     PrepareConfig,
+    RequestsConfig,
     SearchConfig,
     TrackConfig,
 )
@@ -38,6 +39,7 @@ class RunConfig:
     retain_model: str | None = None
     """Folder or hub id of a model trained without the forget set, ``prepared``, or null."""
     search: SearchConfig = field(default_factory=SearchConfig)
+    requests: RequestsConfig = field(default_factory=RequestsConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -54,5 +56,6 @@ class RunConfig:
 
 __all__ = [
     "BenchmarkConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig", "PrepareConfig",
-    "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
+    "RectifyConfig", "RequestsConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig",
+    "UnlearnConfig",
 ]  # fmt: skip

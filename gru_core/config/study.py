@@ -122,6 +122,22 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class RequestsConfig:
+    """What ``gru requests`` runs: one unlearning run for each of several forget sets."""
+
+    __pydantic_config__ = STRICT
+    splits: tuple[str, ...] = ()
+    """Values of ``benchmark.split``, each once, in the order of the requests."""
+    sequential: bool = False
+    """True: each request starts from the model that the one before left (sustainability), and is scored against the
+    first one's start. False: each starts from ``model.path`` (scalability)."""
+
+    def __post_init__(self) -> None:
+        splits = list(self.splits)
+        check(len(set(splits)) == len(splits), "requests.splits", splits, "values of benchmark.split, each once")
+
+
+@dataclass(frozen=True)
 class TrackConfig:
     """Where MLflow records."""
 
