@@ -69,7 +69,7 @@ def parse(arguments: list[str]) -> Request:
         requests.check_settings(config)
         config = settings.with_values(config, {"benchmark.split": config.requests.splits[0]})  # each sets its own
     else:  # of the data, only what this command reads goes along
-        config = settings.with_values(config, {"requests.splits": []})
+        config = settings.with_values(config, {"requests.splits": [], "requests.passes": None})
     folder = Path(config.output.dir).expanduser()
     absolute = {
         "output.dir": os.path.abspath(folder),  # noqa: PTH100 (resolve() would follow links)

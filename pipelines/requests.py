@@ -7,6 +7,7 @@ Reads like a script: check everything, run each request in its folder, write wha
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -137,22 +138,30 @@ def check(config: RunConfig) -> Study:
     benchmarks: dict[str, Benchmark] = {}
     names = []
     for number, split in enumerate(config.requests.splits, start=1):
-        each = with_split(config, split)
         try:
-            unlearn.check_inputs(each)
-            benchmarks[split] = load_benchmark(each.benchmark)
+            benchmarks[split] = load_benchmark(with_split(config, split).benchmark)
+            rows = len(benchmarks[split].forget)
+            unlearn.check_inputs(with_split(config, split, rows))
         except InputError as error:
             raise InputError(f"requests.splits: {split}: {error}") from None
-        names.append(Request(number, f"{number:02}-{split.replace('/', '-')}", split, len(benchmarks[split].forget)))
+        names.append(Request(number, f"{number:02}-{split.replace('/', '-')}", split, rows))
     prepared = "prepared" in (config.model.path, config.retain_model)
     contents = [search_inputs.fingerprint(config, benchmark) for benchmark in benchmarks.values()]
     content = hashlib.sha256("".join(contents).encode()).hexdigest()
     return Study(tuple(names), widest(benchmarks) if prepared else None, content)
 
 
-def with_split(config: RunConfig, split: str) -> RunConfig:
-    """The config of a single run on ``split``."""
-    return replace(config, benchmark=replace(config.benchmark, split=split), requests=RequestsConfig())
+def with_split(config: RunConfig, split: str, rows: int | None = None) -> RunConfig:
+    """The config of a single run on ``split``, with the steps that ``requests.passes`` asks of ``rows`` rows.
+
+    Raises:
+        InputError: fewer steps than the warm-up has.
+    """
+    passes, steps = config.requests.passes, config.unlearn.steps
+    if passes is not None and rows is not None:
+        steps = math.ceil(rows * passes / config.unlearn.batch_size)
+    data, training = replace(config.benchmark, split=split), replace(config.unlearn, steps=steps)
+    return replace(config, benchmark=data, unlearn=training, requests=RequestsConfig())
 
 
 def widest(benchmarks: Mapping[str, Benchmark]) -> str:
@@ -237,7 +246,7 @@ def _all(
 
 def _config(config: RunConfig, request: Request, folder: Path, start: str) -> RunConfig:
     """The config of one request, which a single run can be made of again."""
-    each = with_split(config, request.split)
+    each = with_split(config, request.split, request.rows)
     each = replace(each, output=replace(each.output, dir=str(folder)), model=replace(each.model, path=start))
     if config.requests.sequential and start != config.model.path:
         first = config.evaluate.start or config.model.path

@@ -58,7 +58,7 @@ def png(document: Document, path: Path) -> None:
     rows = math.ceil(len(names) / COLUMNS)
     figure = Figure(figsize=(3.6 * COLUMNS, 2.6 * rows + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     colour, marker = STYLES["rectified"][:2]
     for panel, name in zip(panels, names, strict=False):
         there = [point for point in points if name in point]
@@ -70,7 +70,7 @@ def png(document: Document, path: Path) -> None:
         panel.grid(color="#E4E4E4", linewidth=0.7)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    for panel in list(panels)[len(names) :]:
+    for panel in panels[len(names) :]:
         panel.set_visible(False)
     figure.supxlabel(title, fontsize=10, color=INK)
     figure.savefig(path, metadata={"Software": None})

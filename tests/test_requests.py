@@ -78,6 +78,8 @@ def evaluation(folder: Path, step: int) -> dict[str, Any]:
         (["requests.splits=[news/sust_1, news/sust_2]"], "model.path, retain_model: prepared models fit one split"),
         (["benchmark.name=jsonl"], "requests.splits: news/scal_1: benchmark.split: got 'news/scal_1'"),
         (["evaluate.unlearning=forget_rouges"], "forget_rouges"),
+        (["requests.passes=0"], "requests.passes: got 0.0, allowed: null or a number above 0"),
+        (["requests.passes=1", "unlearn.warmup=3"], "news/scal_1: unlearn.warmup: got 3, allowed: 0 to"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_refused(study: Path, tmp_path: Path, overrides: list[str], said: str) -> None:
@@ -103,6 +105,11 @@ def test_each_request_is_the_config_of_a_single_run(study: Path, tmp_path: Path)
     assert (first.model.path, first.evaluate.start, first.benchmark.split) == ("/models/target", None, "news/scal_1")
     assert (later.model.path, later.evaluate.start, later.benchmark.split) == ("/left", "/models/target", "news/scal_2")
     assert later.requests.splits == ()
+    assert later.unlearn.steps == 4
+    passes = settings.with_values(config, {"requests.passes": 2.5})
+    assert requests._config(passes, two, tmp_path / "two", "/left").unlearn.steps == 4  # 5 rows x 2.5 / 4, rounded up
+    twice = requests.Request(3, "03", "news/scal_3", 10)
+    assert requests._config(passes, twice, tmp_path / "three", "/left").unlearn.steps == 7
     apart = settings.with_values(config, {"requests.sequential": False})
     assert requests._config(apart, two, tmp_path / "two", "/models/target").evaluate.start is None
 

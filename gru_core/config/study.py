@@ -131,9 +131,13 @@ class RequestsConfig:
     sequential: bool = False
     """True: each request starts from the model that the one before left (sustainability), and is scored against the
     first one's start. False: each starts from ``model.path`` (scalability)."""
+    passes: float | None = None
+    """Passes over each forget set, so that a larger one gets more steps: rows x passes / ``unlearn.batch_size``,
+    rounded up. Null: ``unlearn.steps`` for each."""
 
     def __post_init__(self) -> None:
-        splits = list(self.splits)
+        splits, passes = list(self.splits), self.passes
+        check(passes is None or (finite(passes) and passes > 0), "requests.passes", passes, "null or a number above 0")
         check(len(set(splits)) == len(splits), "requests.splits", splits, "values of benchmark.split, each once")
 
 
