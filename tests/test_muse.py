@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,13 @@ from gru_core import models
 from gru_core.batch import Row, collate, encode, encode_whole
 from gru_core.benchmarks import Benchmark, load_benchmark, retain_subset
 from gru_core.benchmarks.muse import SPLITS
-from gru_core.config import BenchmarkConfig, EvaluateConfig, ModelConfig, PrepareConfig, RetainConfig
+from gru_core.config import BenchmarkConfig, EvaluateConfig, ModelConfig, PrepareConfig, RetainConfig, RunConfig
 from gru_core.errors import InputError
 from gru_core.metrics import METRICS, check_metrics, evaluate, muse
 from gru_core.metrics.generations import CONTINUATION, continuation, reply
+from pipelines import inputs, plan_inputs
 from tests.muse_files import NAMES, write_muse
+from tests.test_evaluate import Threads
 
 MUSE = EvaluateConfig(
     metrics=(*muse.METRICS, "privleak", "extraction_strength"), unlearning="forget_verbmem", retention="retain_knowmem"
@@ -207,6 +211,22 @@ def test_answers_are_cut_as_before(tokenizer: Any) -> None:
         encode_whole(tokenizer, Row("r", "", "amber", "text"), 1)
 
 
+def test_a_run_and_its_plan_read_whole_texts(folder: Path, bench: Benchmark, tokenizer: Any, tmp_path: Path) -> None:
+    """A model of 16 positions: rows stay rows where settings count them, and every token of them is read."""
+    models.save_model(models.build_small(tokenizer, SMALL, seed=0, positions=16), tokenizer, tmp_path)
+    run = RunConfig(model=ModelConfig(path=str(tmp_path)), benchmark=config(folder))
+    shared = inputs.load(run)
+    assert (len(shared.forget), len(shared.retain)) == (len(bench.forget), len(bench.retain))
+    chosen = retain_subset(shared.benchmark, RetainConfig(size=3), seed=0)
+    pieces = inputs.flat(shared.retain[i] for i in chosen)
+    assert len({piece.id for piece in pieces}) == 3 < len(pieces)
+    tokens = sum(len(tokenizer.encode(row.answer, add_special_tokens=False)) + 1 for row in bench.forget)
+    assert sum(piece.answer_length for piece in inputs.flat(shared.forget)) == tokens
+    planned = plan_inputs.lengths(run, models.load_settings(str(tmp_path)), None)
+    everything = inputs.flat(shared.forget + shared.retain)
+    assert sorted(planned.rows) == sorted(len(piece.ids) for piece in everything)
+
+
 # ---- scores
 
 
@@ -279,6 +299,40 @@ def test_a_batch_of_one_scores_the_same(llama: nn.Module, tokenizer: Any, bench:
     for name in muse.METRICS:
         assert many.scores[name] == one.scores[name]
     assert many.scores["privleak"] == pytest.approx(one.scores["privleak"])
+
+
+def test_two_ranks_score_as_one(llama: nn.Module, tokenizer: Any, bench: Benchmark) -> None:
+    board: list[Any] = [None] * 2
+    barrier, found = threading.Barrier(2, timeout=120), [None] * 2
+
+    def run(rank: int) -> None:
+        group = Threads(rank, 2, board, barrier)
+        found[rank] = evaluate(copy.deepcopy(llama), tokenizer, bench, MUSE, ModelConfig(), group=group)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = evaluate(llama, tokenizer, bench, MUSE, ModelConfig())
+    assert found[0] == found[1]
+    assert found[0].scores == pytest.approx(alone.scores)
+
+
+def test_the_convention_reaches_every_number(llama: nn.Module, tokenizer: Any, bench: Benchmark) -> None:
+    """Of a model that knows some: extraction strength differs by 1/n of each row that scores 0, F1 by its stems."""
+    original, other = (
+        evaluate(llama, tokenizer, bench, replace(MUSE, convention=c), ModelConfig())  # type: ignore[arg-type]
+        for c in ("original", "openunlearning")
+    )
+    assert other.measurements.convention == "openunlearning"
+    hits = [h for h in original.measurements.hits("forget") if h.prefix == h.tokens]
+    assert hits, "the test sees a row whose last token is missed"
+    added = sum(1 / h.tokens for h in hits) / len(bench.scored["forget"])
+    assert other.scores["extraction_strength"] == pytest.approx(original.scores["extraction_strength"] + added)
+    row = bench.scored["verbmem"][0]
+    whole = continuation(tokenizer, row.answer, generated(llama, tokenizer, row.prompt, 128), "openunlearning").f1
+    assert other.measurements.rows("verbmem")[0].f1 == pytest.approx(whole)
 
 
 def test_a_model_that_memorised_scores_1(tokenizer: Any, bench: Benchmark) -> None:

@@ -200,6 +200,9 @@ def test_a_sequence_goes_on_from_what_was_left(study: Path, calm: Path) -> None:
     assert document["points"][1]["privleak"] == last["scores"]["privleak"]
     for kind in ("csv", "json", "png"):
         assert Path(document["artifacts"][kind]).is_file()
+    told = [f for f in calm.rglob("*") if f.suffix in (".json", ".jsonl", ".yaml", ".csv") and f.parent.name != "model"]
+    assert len(told) > 10
+    assert not any("forget part 1 0 says" in file.read_text() for file in told), "ids and numbers, no texts"
 
 
 @pytest.mark.slow
