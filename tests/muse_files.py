@@ -17,7 +17,7 @@ NAMES = (
 def write_muse(folder: Path, words: int = 18) -> Path:
     """Eleven tables and the eight forget sets of the studies, as JSON Lines; articles of ``words`` words each.
 
-    The texts of ``privleak`` are articles of ``raw``, and ``verbmem`` is those of the forget set, cut in two.
+    The texts of ``privleak`` are articles of ``raw`` (of ``retain2``, some), and ``verbmem`` is those of the forget set, cut in two.
     """
     draw = random.Random(11)
 
@@ -28,7 +28,7 @@ def write_muse(folder: Path, words: int = 18) -> Path:
 
     def questions(name: str, count: int) -> list[dict[str, str]]:
         return [
-            {"question": f"what is {name} {i}", "answer": " ".join(draw.choice(WORDS) for _ in range(3))}
+            {"question": f"what is {name} {i}", "answer": " ".join(draw.choice(WORDS) for _ in range(5))}
             for i in range(count)
         ]
 
@@ -37,7 +37,7 @@ def write_muse(folder: Path, words: int = 18) -> Path:
     cut = [row["text"].split(" ") for row in parts[0]]
     tables = {
         "raw/forget": parts[0], "raw/retain1": retain1, "raw/retain2": retain2,
-        "privleak/forget": parts[0], "privleak/retain": retain2, "privleak/holdout": holdout,
+        "privleak/forget": parts[0], "privleak/retain": retain2[:4], "privleak/holdout": holdout,
         "verbmem/forget": [{"prompt": " ".join(c[:8]), "gt": " " + " ".join(c[8:])} for c in cut],
         "knowmem/forget_qa": questions("forget", 5), "knowmem/forget_qa_icl": questions("shown", 2),
         "knowmem/retain_qa": questions("retain", 4), "knowmem/retain_qa_icl": questions("told", 2),

@@ -22,6 +22,7 @@ from gru_core.benchmarks.muse import SPLITS
 from gru_core.config import BenchmarkConfig, EvaluateConfig, ModelConfig, PrepareConfig, RetainConfig, RunConfig
 from gru_core.errors import InputError
 from gru_core.metrics import METRICS, check_metrics, evaluate, muse
+from gru_core.metrics.generate import greedy
 from gru_core.metrics.generations import CONTINUATION, continuation, reply
 from pipelines import inputs, plan_inputs
 from tests.muse_files import NAMES, write_muse
@@ -186,8 +187,8 @@ SMALL = PrepareConfig(hidden=64, layers=2, heads=4, intermediate=128, vocab_size
 @pytest.mark.parametrize("limit", [2, 3, 7, 16, 400])
 def test_no_token_of_a_long_text_is_lost(tokenizer: Any, bench: Benchmark, limit: int, bos: bool) -> None:
     """The tokens that carry loss, joined, are the text's, its very first left out where nothing predicts it."""
-    before = tokenizer.bos_token
-    tokenizer.bos_token = before if bos else None
+    its_own = tokenizer.bos_token
+    tokenizer.bos_token = its_own if bos else None
     try:
         row = bench.forget[0]
         whole = [*tokenizer.encode(row.answer, add_special_tokens=False), tokenizer.eos_token_id]
@@ -197,11 +198,14 @@ def test_no_token_of_a_long_text_is_lost(tokenizer: Any, bench: Benchmark, limit
         assert all(len(piece.ids) == limit for piece in pieces[:-1])
         assert [piece.has_eos for piece in pieces] == [False] * (len(pieces) - 1) + [True]
         assert {piece.id for piece in pieces} == {row.id}
+        assert {piece.prompt_length for piece in pieces} == {1}
+        context = [tokenizer.bos_token_id if bos else before.ids[-1] for before in pieces[:-1]]
+        assert [piece.ids[0] for piece in pieces[1:]] == context
         assert (len(pieces) == 1) == (len(whole) + bos <= limit)
         if len(pieces) == 1:
             assert pieces == (encode(tokenizer, row, limit),)
     finally:
-        tokenizer.bos_token = before
+        tokenizer.bos_token = its_own
 
 
 def test_answers_are_cut_as_before(tokenizer: Any) -> None:
@@ -292,6 +296,20 @@ def test_scores_equal_a_loop_over_hugging_face(llama: nn.Module, tokenizer: Any,
         assert found.scores[metric] == pytest.approx(sum(expected[metric]) / len(expected[metric]))
     values = [value for part in expected.values() for value in part]
     assert min(values) < 0.5 < max(values), "the test sees good and bad generations"
+
+
+def test_lengths_are_the_published_ones(
+    llama: nn.Module, tokenizer: Any, bench: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def spy(scorer: Any, prompts: Sequence[Any], *, max_new_tokens: int, **options: Any) -> list[list[int]]:
+        asked[len(prompts)] = max_new_tokens
+        return greedy(scorer, prompts, max_new_tokens=1, **options)
+
+    monkeypatch.setattr("gru_core.metrics.measure.greedy", spy)
+    evaluate(llama, tokenizer, bench, replace(MUSE, max_new_tokens=7), ModelConfig())
+    assert asked == {5: 128, 5 + 4: 32}  # 5 continuations; 5 replies about what is to be forgotten, 4 about the rest
 
 
 def test_a_batch_of_one_scores_the_same(llama: nn.Module, tokenizer: Any, bench: Benchmark) -> None:
