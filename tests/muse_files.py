@@ -17,7 +17,8 @@ NAMES = (
 def write_muse(folder: Path, words: int = 18) -> Path:
     """Eleven tables and the eight forget sets of the studies, as JSON Lines; articles of ``words`` words each.
 
-    The texts of ``privleak`` are articles of ``raw`` (of ``retain2``, some), and ``verbmem`` is those of the forget set, cut in two.
+    The texts of ``privleak`` are articles of ``raw`` (of ``retain2``, some), and ``verbmem`` is those of the forget
+    set, cut in two.
     """
     draw = random.Random(11)
 
