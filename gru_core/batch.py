@@ -143,6 +143,42 @@ def encode(
     return TokenRow(row.id, tuple(ids), prompt_length, has_eos=whole and ids[-1] in specials)
 
 
+def encode_whole(
+    tokenizer: Any,
+    row: Row,
+    max_length: int,
+    system_prompt: str | None = None,
+    chat_date: str = "10 Apr 2025",
+) -> tuple[TokenRow, ...]:
+    """One row as tokens to train on: a ``text`` longer than ``max_length`` becomes several, so that none of it is lost.
+
+    Every piece but the last has ``max_length`` tokens. Each begins with the beginning-of-sequence token, as MUSE cuts
+    its texts (arXiv 2407.06460), or, where the tokenizer has none, with the last token of the piece before as context:
+    either way every token but a text's very first carries loss once. Pieces keep the row's id. Rows of other kinds
+    are cut, as :func:`encode` cuts them: what lies behind the cut of an answer has no question of its own.
+
+    Raises:
+        InputError: as :func:`encode`, or ``max_length`` is below 2.
+    """
+    if row.kind != "text":
+        return (encode(tokenizer, row, max_length, system_prompt, chat_date),)
+    start, tokens = prompt_and_answer(tokenizer, row)
+    if len(start) + len(tokens) <= max_length:
+        return (encode(tokenizer, row, max_length),)
+    room = max_length - 1
+    if room < 1:
+        raise InputError(f"row {row.id}: a piece of text needs at least 2 tokens, the model takes {max_length}")
+    if not start:
+        start, tokens = tokens[:1], tokens[1:]
+    closed = tokens[-1] in set(tokenizer.all_special_ids)
+    pieces = []
+    for begin in range(0, len(tokens), room):
+        before = start if begin == 0 or tokenizer.bos_token_id is not None else [tokens[begin - 1]]
+        ids = (*before, *tokens[begin : begin + room])
+        pieces.append(TokenRow(row.id, ids, 1, has_eos=closed and begin + room >= len(tokens)))
+    return tuple(pieces)
+
+
 def collate(rows: Sequence[TokenRow], index: Sequence[int], pad_id: int) -> TokenBatch:
     """Rows to one right-padded batch on the CPU. ``index`` gives each row's position in its dataset."""
     B, T = len(rows), max(len(r.ids) for r in rows)

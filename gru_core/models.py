@@ -26,32 +26,56 @@ def _is_folder(path: str) -> bool:
     return looks or Path(path).expanduser().exists()
 
 
+def _existing_folder(path: str, what: str) -> Path | None:
+    """The local folder that ``path`` means, None for a hub id; InputError where there is no such folder."""
+    if not _is_folder(path):
+        return None
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{what}: there is no folder {path!r} (and it is no hub id of the form owner/name)")
+    return folder
+
+
 def check_model_folder(path: str, what: str = "model.path") -> None:
     """Refuse a local folder that cannot be a model; a hub id passes.
 
     Raises:
-        InputError: the folder is missing, or lacks config, safetensors weights or a tokenizer.
+        InputError: the folder is missing, or lacks config or safetensors weights.
     """
-    if not _is_folder(path):
+    folder = _existing_folder(path, what)
+    if folder is None:
         return
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"{what}: there is no folder {path!r} (and it is no hub id of the form owner/name)")
     if not (folder / "config.json").is_file():
         raise InputError(f"{what}: folder {path!r} has no config.json, so it holds no Hugging Face model")
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{what}: folder {path!r} has no *.safetensors weights (pickled weights are not read)")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+
+
+def check_tokenizer_folder(path: str, what: str = "model.path") -> None:
+    """Refuse a local folder without a tokenizer; a hub id passes.
+
+    Raises:
+        InputError: the folder is missing, or lacks a tokenizer.
+    """
+    folder = _existing_folder(path, what)
+    if folder is not None and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         raise InputError(f"{what}: folder {path!r} has no tokenizer (tokenizer.json)")
 
 
-def check_model(path: str, what: str = "model.path") -> None:
+def check_model(path: str, what: str = "model.path", tokenizer: str | None = None) -> None:
     """Refuse a model that cannot be had, before anything expensive; reads no weights.
 
+    Args:
+        tokenizer: ``model.tokenizer``; None: the model's folder must have one.
+
     Raises:
-        InputError: as :func:`check_model_folder`; for a hub id, that its config cannot be fetched.
+        InputError: as :func:`check_model_folder` and :func:`check_tokenizer_folder`; for a hub id, that its config
+            cannot be fetched.
     """
     check_model_folder(path, what)
+    check_tokenizer_folder(tokenizer or path, "model.tokenizer" if tokenizer else what)
     if _is_folder(path):
         return
     from transformers import AutoConfig
@@ -114,7 +138,7 @@ def load_tokenizer(path: str, what: str = "model.path") -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_model_folder(path, what)
+    check_tokenizer_folder(path, what)
     source = str(Path(path).expanduser()) if _is_folder(path) else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=_is_folder(path))
@@ -125,6 +149,15 @@ def load_tokenizer(path: str, what: str = "model.path") -> Any:
             raise InputError(f"{what}: the tokenizer of {path!r} has neither padding nor end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked out everywhere, so any token serves
     return tokenizer
+
+
+def tokenizer_of(path: str, config: ModelConfig, what: str = "model.path") -> Any:
+    """The tokenizer of the model at ``path``: ``config.tokenizer`` where that is set, else the one beside the model.
+
+    Raises:
+        InputError: as :func:`load_tokenizer`.
+    """
+    return load_tokenizer(config.tokenizer, "model.tokenizer") if config.tokenizer else load_tokenizer(path, what)
 
 
 def _first_line(error: Exception) -> str:

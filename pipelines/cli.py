@@ -12,12 +12,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipelines import console, exits, stopping
+from pipelines import cli_config, console, exits, stopping
 from pipelines.cli_evaluate import evaluate
+from pipelines.cli_requests import requests
 from pipelines.cli_submit import submit_app
 from pipelines.options import (
     EXAMPLES,
@@ -34,9 +35,6 @@ from pipelines.options import (
     VerboseOption,
 )
 
-if TYPE_CHECKING:
-    from gru_core.config import RunConfig
-
 app = typer.Typer(
     cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -52,26 +50,7 @@ def _command(name: str) -> dict[str, Any]:
 _run = console.run
 
 
-def _resumed(output: str | None, resume: bool) -> str | None:
-    """The request that a folder was started with: ``--output FOLDER --resume`` needs no config."""
-    file = Path(output).expanduser() / "request.yaml" if output and resume else None
-    return str(file) if file is not None and file.is_file() else None
-
-
-def _load(
-    source: str | None,
-    overrides: Sequence[str] | None,
-    output: str | None = None,
-    tracking_uri: str | None = None,
-) -> RunConfig:
-    """The checked config of a command line; options win over ``--set``, ``--set`` over the file."""
-    from pipelines import settings
-
-    config = settings.load(source, overrides or ())
-    options = {"output.dir": output, "track.uri": tracking_uri}
-    config = settings.with_values(config, {key: value for key, value in options.items() if value is not None})
-    settings.check(config)
-    return config
+_resumed, _load = cli_config.resumed, cli_config.load
 
 
 @app.callback(invoke_without_command=True)
@@ -229,6 +208,7 @@ def frontier(
     _run(as_json, work, report.search)
 
 
+app.command(**_command("requests"))(requests)
 app.command(**_command("evaluate"))(evaluate)
 app.add_typer(submit_app, name="submit")
 

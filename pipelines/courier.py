@@ -18,9 +18,9 @@ REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 
 
 def folders(folder: Path) -> list[Path]:
-    """A run folder, then those of its trials."""
-    trials = sorted(path for path in (folder / "trials").glob("*") if (path / journal.NAME).exists())
-    return [folder, *trials]
+    """A run folder, then those of its trials or requests."""
+    parts = [path for kind in ("trials", "requests") for path in sorted((folder / kind).glob("*"))]
+    return [folder, *(path for path in parts if (path / journal.NAME).exists())]
 
 
 def deliver_all(delivery: Delivery, folder: Path) -> tuple[int, list[str]]:
@@ -59,7 +59,7 @@ class Courier:
     Args:
         uri: from ``tracking.resolve_uri``, checked at the start.
         experiment: name of the experiment, created where missing (an InputError if that fails).
-        folder: the run folder; ``trials/*`` under it become children.
+        folder: the run folder; ``trials/*`` and ``requests/*`` under it become children.
         say: prints a line to the user.
         every: seconds between deliveries.
         before: called before each delivery; must not raise.

@@ -62,7 +62,7 @@ def run(
     settings.check(config)
     for path, what in ((config.model.path, "MODEL"), (config.retain_model, "--retain-model")):
         if path is not None and path != "prepared":
-            models.check_model(path, what)
+            models.check_model(path, what, config.model.tokenizer)
     benchmark = load_benchmark(config.benchmark)
     chosen, notes = _metrics(config, names, benchmark)
     config = replace(absolute(config), evaluate=chosen)
@@ -177,7 +177,7 @@ def _score(
     config = job.config
     model = place_frozen(path, config.model, config.train, group, what)
     alive.follow(model)
-    tokenizer = models.load_tokenizer(path, what)
+    tokenizer = models.tokenizer_of(path, config.model, what)
     name = "model" if what == "MODEL" else "retain"
     key = str(group.gather(identity.of_model(path))[0])
     return metrics.evaluate(

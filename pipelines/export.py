@@ -166,7 +166,7 @@ def _write(source: Checkpoint | Path, config: RunConfig, target: Path, merged: b
     if isinstance(source, Path) and not merged:
         shutil.copytree(source, target)
         return
-    tokenizer = models.load_tokenizer(config.model.path)
+    tokenizer = models.tokenizer_of(config.model.path, config.model)
     if isinstance(source, Path):
         saving.save_merged(source, tokenizer, config.model, target)
         return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gru_core import adapters, models
-from gru_core.batch import Row, TokenRow, encode
+from gru_core.batch import Row, TokenRow, encode_whole
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import ModelConfig, RunConfig
@@ -19,6 +20,9 @@ from gru_core.placing import Start, place_frozen
 from pipelines import alive
 from pipelines.stores import hide
 
+Pieces = tuple[TokenRow, ...]
+"""What one row of a benchmark trains as. Settings count rows (``retain.size``); a batch is drawn from pieces."""
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -27,16 +31,16 @@ class Shared:
     Attributes:
         packed: the starting model, as :func:`gru_core.models.pack_weights` gives it; None where each worker reads
             its own part of it (strategy ``fsdp``).
-        forget: tokenised forget set.
-        retain: tokenised retain set, scored rows included (the retain subset chooses among them).
+        forget: tokenised forget set: the pieces of each row (a long text has several).
+        retain: tokenised retain set likewise, scored rows included (the retain subset chooses among them).
         baseline: scores of starting model and retain model, or None before they are measured.
     """
 
     packed: tuple[str, dict[str, Any]] | None
     tokenizer: Any
     benchmark: Benchmark
-    forget: tuple[TokenRow, ...]
-    retain: tuple[TokenRow, ...]
+    forget: tuple[Pieces, ...]
+    retain: tuple[Pieces, ...]
     baseline: Baseline | None = None
 
     def start(self, config: ModelConfig) -> Start:
@@ -65,8 +69,9 @@ def absolute(config: RunConfig) -> RunConfig:
             holdout=path(data.holdout),
             data_dir=path(data.data_dir),
         ),
-        model=replace(model, path=path(model.path) or model.path),
+        model=replace(model, path=path(model.path) or model.path, tokenizer=path(model.tokenizer)),
         retain_model=path(config.retain_model),
+        evaluate=replace(config.evaluate, start=path(config.evaluate.start)),
         prepare=replace(config.prepare, base=path(config.prepare.base)),
     )
 
@@ -77,9 +82,14 @@ def without_secrets(config: RunConfig) -> RunConfig:
     return config if uri is None else replace(config, track=replace(config.track, uri=hide(uri)))
 
 
-def tokenise(tokenizer: Any, rows: tuple[Row, ...], limit: int, config: ModelConfig) -> tuple[TokenRow, ...]:
-    """Rows as tokens, with the model's template, at most ``limit`` of them a row."""
-    return tuple(encode(tokenizer, row, limit, config.system_prompt, config.chat_date) for row in rows)
+def tokenise(tokenizer: Any, rows: tuple[Row, ...], limit: int, config: ModelConfig) -> tuple[Pieces, ...]:
+    """The pieces of each row, with the model's template, at most ``limit`` tokens a piece."""
+    return tuple(encode_whole(tokenizer, row, limit, config.system_prompt, config.chat_date) for row in rows)
+
+
+def flat(rows: Iterable[Pieces]) -> list[TokenRow]:
+    """The pieces of all rows, in order: what a stream of training rows draws from."""
+    return [piece for pieces in rows for piece in pieces]
 
 
 def load(config: RunConfig) -> Shared:
@@ -89,7 +99,7 @@ def load(config: RunConfig) -> Shared:
         InputError: anything that cannot be read, by name.
     """
     benchmark = load_benchmark(config.benchmark)
-    tokenizer = models.load_tokenizer(config.model.path)
+    tokenizer = models.tokenizer_of(config.model.path, config.model)
     whole = config.train.strategy != "fsdp"
     shape = models.load_settings(config.model.path)
     if config.model.lora is not None:
@@ -119,7 +129,7 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group, kept: Path
     if config.retain_model is not None:
         other = place_frozen(config.retain_model, config.model, config.train, group, "retain_model")
         alive.follow(other)
-        tokenizer = models.load_tokenizer(config.retain_model, "retain_model")
+        tokenizer = models.tokenizer_of(config.retain_model, config.model, "retain_model")
         # The reference of forget quality is the retain model itself: its truth ratios are measured here.
         asked = config.evaluate
         names = ("forget_truth_ratio" if n == "forget_quality" else n for n in (*asked.metrics, *asked.final))
@@ -130,10 +140,16 @@ def measure_baseline(config: RunConfig, shared: Shared, group: Group, kept: Path
         del other
         _release()
     reference = retain.measurements if retain else None
-    start_model = place_frozen(shared.start(config.model), config.model, config.train, group)
+    first = config.evaluate.start
+    if first is None:
+        tokenizer = shared.tokenizer
+        start_model = place_frozen(shared.start(config.model), config.model, config.train, group)
+    else:
+        tokenizer = models.tokenizer_of(first, config.model, "evaluate.start")
+        start_model = place_frozen(first, config.model, config.train, group, "evaluate.start")
     alive.follow(start_model)
     start = evaluate(
-        start_model, shared.tokenizer, shared.benchmark, config.evaluate, config.model, group=group,
+        start_model, tokenizer, shared.benchmark, config.evaluate, config.model, group=group,
         reference=reference, progress=progress.within("start"),
     )  # fmt: skip
     del start_model

@@ -182,7 +182,11 @@ def _result(cluster: Cluster, request: Request, job: str) -> dict[str, Any]:
     if request.command == "prepare":  # its log tells where the two models are
         return found
     output = request.config.output.dir
-    made = {"model": f"{output}/model"} if request.command == "unlearn" else {"frontier": f"{output}/frontier.html"}
+    made = {
+        "unlearn": {"model": f"{output}/model"},
+        "requests": {"table": f"{output}/requests.csv"},
+        "search": {"frontier": f"{output}/frontier.html"},
+    }[request.command]
     return {**found, **made, "experiment": request.config.track.experiment}
 
 

@@ -162,7 +162,7 @@ def _paths(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for key in ("benchmark.forget", "benchmark.retain", "benchmark.holdout", "benchmark.data_dir"):
         if values[key]:
             yield key, values[key]
-    for key in packages.MODELS:
+    for key in (*packages.MODELS, packages.TOKENIZER):
         if packages.is_folder(values[key]):
             yield key, values[key]
 

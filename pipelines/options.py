@@ -16,6 +16,7 @@ EXAMPLES = {
     "plan": "gru plan -c tofu_llama32_1b --gpus 8 --gpu-memory 80",
     "unlearn": "gru unlearn -c demo --set rectify.strength=2 --output runs/one",
     "search": "gru search -c study.yaml --resume",
+    "requests": "gru requests -c muse_news_sustainability --output runs/requests",
     "frontier": "gru frontier runs/demo",
     "evaluate": "gru evaluate runs/one/model -c tofu_small --json",
     "export": "gru export runs/one --output models/one",

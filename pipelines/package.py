@@ -25,7 +25,8 @@ LIMIT = 50 * 2**20
 """Bytes that a package may hold. Ray itself takes 100 MiB, and keeps a package in the head's memory."""
 
 CODE = ("gru_core", "pipelines", "tune_configs")
-MODELS = ("model.path", "retain_model", "prepare.base")
+MODELS = ("model.path", "retain_model", "prepare.base", "evaluate.start")
+TOKENIZER = "model.tokenizer"
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 FIND_PYTHON = """\
@@ -108,7 +109,7 @@ def build(config: RunConfig, folder: Path) -> Package:
             continue
         target = Path("inputs") / item.key
         for name, source in item.files.items():
-            (folder / target).mkdir(parents=True, exist_ok=True)
+            (folder / target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / target / name)
         single = item.path.is_file()
         uploaded[item.key] = str(target / item.path.name if single else target)
@@ -159,7 +160,7 @@ def find_inputs(config: RunConfig) -> Iterator[Input]:
         here = _present(key, path, values[key], folder=True)
         files = {name: path / name for name in _data_files(config, path)} if here else {}
         yield Input(key, path, _inside(key, path, files))
-    for key in MODELS:
+    for key in (*MODELS, TOKENIZER):
         if is_folder(values[key]):
             yield _model(key, values[key])
 
@@ -172,13 +173,17 @@ def is_folder(value: Any) -> bool:
 
 
 def _model(key: str, value: Any) -> Input:
-    from gru_core.models import check_model_folder
+    from gru_core.models import check_model_folder, check_tokenizer_folder
 
     path = _absolute(value)
     if not _present(key, path, value, folder=True):
         return Input(key, path)
-    check_model_folder(str(path), key)
-    files = {item.name: item for item in sorted(path.iterdir()) if item.suffix in _MODEL_FILES}
+    (check_tokenizer_folder if key == TOKENIZER else check_model_folder)(str(path), key)
+    files = {
+        item.name: item
+        for item in sorted(path.iterdir())
+        if item.suffix in _MODEL_FILES and (key != TOKENIZER or item.suffix != ".safetensors")
+    }
     wanted = {name: item for name, item in files.items() if item.is_file() and name[0] != "."}
     return Input(key, path, _inside(key, path, wanted))
 
@@ -240,9 +245,12 @@ def _present(key: str, path: Path, value: Any, *, folder: bool = False) -> bool:
 
 def _data_files(config: RunConfig, folder: Path) -> list[str]:
     """Names of the files that the benchmark reads from its ``data_dir``, which ``folder`` is."""
-    from gru_core.benchmarks import tofu
+    from gru_core.benchmarks import muse, tofu
 
-    forget = config.benchmark.split
-    parts = (forget, tofu.RETAIN_OF[forget], f"{forget}_perturbed", "retain_perturbed", *tofu.FACTS.values())
-    optional = [name for name in (f"{tofu.HOLDOUT[forget]}.json",) if (folder / name).is_file()]
-    return [f"{part}.json" for part in parts] + optional
+    data = config.benchmark
+    splits = config.requests.splits or (data.split,)
+    if data.name == "muse":
+        found = {path.relative_to(folder).as_posix() for split in splits for path in muse.files(folder, split)}
+    else:
+        found = {name for split in splits for name in tofu.files(folder, split)}
+    return sorted(found)

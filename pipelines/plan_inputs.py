@@ -102,7 +102,7 @@ def lengths(config: RunConfig, shape: Any, tokens: int | None) -> Lengths:
     if tokenizer is None:
         short = min(TOKENS, limit)
         return Lengths((short,), short, f"rows of {short} tokens are assumed, no tokenizer is there: see --tokens")
-    from gru_core.batch import encode
+    from gru_core.batch import encode_whole
     from gru_core.benchmarks import load_benchmark
 
     model = config.model
@@ -112,8 +112,9 @@ def lengths(config: RunConfig, shape: Any, tokens: int | None) -> Lengths:
         short = min(TOKENS, limit)
         return Lengths((short,), short, f"rows of {short} tokens are assumed (see --tokens): {error}")
     rows = [
-        encode(tokenizer, row, limit, model.system_prompt, model.chat_date)
+        piece
         for row in benchmark.forget + benchmark.retain
+        for piece in encode_whole(tokenizer, row, limit, model.system_prompt, model.chat_date)
     ]
     answer = max(row.answer_length for row in rows)
     return Lengths(tuple(len(row.ids) for row in rows), answer, f"token counts are those of {benchmark.name}")
@@ -121,7 +122,7 @@ def lengths(config: RunConfig, shape: Any, tokens: int | None) -> Lengths:
 
 def _tokenizer(config: RunConfig) -> Any:
     """The model's tokenizer, None where there is none."""
-    path = config.model.path
+    path = config.model.tokenizer or config.model.path
     if path == "prepared":
         target = prepare.folders(config).target
         path = str(target) if target.is_dir() else config.prepare.base or ""
@@ -140,6 +141,7 @@ def _tokenizer(config: RunConfig) -> Any:
 def generates(config: RunConfig) -> bool:
     """Whether an evaluation generates text."""
     from gru_core.metrics import METRICS, requested
+    from gru_core.metrics.generations import GENERATIONS
 
     named = [METRICS[name] for name in requested(config.evaluate) if name in METRICS]
-    return any(need.kind == "rouge" for metric in named for need in metric.needs)
+    return any(need.kind in GENERATIONS for metric in named for need in metric.needs)

@@ -31,7 +31,7 @@ from gru_core.objectives.learn import Learn
 from gru_core.parallel import Group, unwrap
 from gru_core.placing import place
 from pipelines import identity, journal, ray_start, settings, siblings
-from pipelines.inputs import absolute, tokenise
+from pipelines.inputs import absolute, flat, tokenise
 from pipelines.launch import Report, launch
 from pipelines.narrate import watching
 from pipelines.stores import hide
@@ -105,6 +105,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("prepare.batch_size", recipe.batch_size, f"at least train.workers ({workers})")
     if recipe.base is not None:
         models.check_model_folder(recipe.base, "prepare.base")
+        models.check_tokenizer_folder(recipe.base, "prepare.base")
     elif config.model.dtype == "pure_bfloat16":
         raise InputError("model.dtype: got 'pure_bfloat16', allowed for a model from scratch: float32, bfloat16")
 
@@ -247,7 +248,7 @@ def _train(order: _Order, group: Group, report: Report) -> str:
     benchmark = load_benchmark(config.benchmark)
     tokenizer, model = _start(config, benchmark, group)
     texts = training_rows(benchmark, order.which, recipe.base is None)
-    rows = tokenise(tokenizer, texts, models.max_length(unwrap(model)), config.model)
+    rows = flat(tokenise(tokenizer, texts, models.max_length(unwrap(model)), config.model))
     training = replace(
         config,
         unlearn=UnlearnConfig(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 from gru_core.config import RunConfig
 from gru_core.errors import InputError, unknown
-from pipelines import package, settings
+from pipelines import package, requests, settings
 from pipelines.stores import resolve_uri
 
-COMMANDS = ("search", "unlearn", "prepare", "demo")
+COMMANDS = ("search", "unlearn", "requests", "prepare", "demo")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def parse(arguments: list[str]) -> Request:
     options = {"output.dir": given.get("output"), "track.uri": given.get("tracking_uri")}
     config = settings.with_values(config, {key: value for key, value in options.items() if value is not None})
     settings.check(config)
+    if command == "requests":
+        requests.check_settings(config)
+        config = settings.with_values(config, {"benchmark.split": config.requests.splits[0]})  # each sets its own
+    else:  # of the data, only what this command reads goes along
+        config = settings.with_values(config, {"requests.splits": [], "requests.passes": None})
     folder = Path(config.output.dir).expanduser()
     absolute = {
         "output.dir": os.path.abspath(folder),  # noqa: PTH100 (resolve() would follow links)
@@ -90,11 +95,12 @@ def check_data(request: Request) -> None:
     build_objective(config.unlearn)
     build_rule(config.rectify)
     inputs = list(package.find_inputs(config))  # refuses missing files and folders
-    local = {"authors": True, "tofu": config.benchmark.data_dir is not None}.get(config.benchmark.name, True)
+    local = config.benchmark.name not in ("tofu", "muse") or config.benchmark.data_dir is not None
     data = [item for item in inputs if item.key.startswith("benchmark.")]
     if not local or not all(item.files for item in data):
         return  # rows on a hub or only on the cluster: the job itself checks them
-    benchmark = load_benchmark(config.benchmark)
-    if request.command != "prepare":
-        check_metrics(config.evaluate, config.retain_model is not None, benchmark)
-        retain_subset(benchmark, config.retain, config.train.seed)
+    for split in config.requests.splits or (config.benchmark.split,):
+        benchmark = load_benchmark(replace(config.benchmark, split=split))
+        if request.command != "prepare":
+            check_metrics(config.evaluate, config.retain_model is not None, benchmark)
+            retain_subset(benchmark, config.retain, config.train.seed)

@@ -22,7 +22,7 @@ FREE = ("output.", "track.", "search.concurrent", *(f"train.{name}" for name in 
 """Settings that may differ when a search or a run is resumed: where, and on what, it runs."""
 DATA = ("benchmark.forget", "benchmark.retain", "benchmark.holdout", "benchmark.data_dir")
 """Where rows are read from: may differ too, where the rows are the same."""
-MODELS = ("model.path", "retain_model", "prepare.base")
+MODELS = ("model.path", "retain_model", "prepare.base", "model.tokenizer", "evaluate.start")
 """Likewise for models. A submitted search finds its inputs in another folder each time."""
 FINGERPRINT = "gru.inputs"
 """Tag of a search: the rows and models it reads, by their content."""

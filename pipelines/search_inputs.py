@@ -128,7 +128,8 @@ def check_retains(config: RunConfig, families: Sequence[Family], benchmark: Benc
 
 def fingerprint(config: RunConfig, benchmark: Benchmark) -> str:
     """Names rows and models by their content: the same wherever the files lie."""
-    paths = (config.model.path, config.retain_model, config.prepare.base)
+    paths = [config.model.path, config.retain_model, config.prepare.base]
+    paths += [path for path in (config.model.tokenizer, config.evaluate.start) if path is not None]
     models = [path if path == "prepared" else identity.of_model(path) for path in paths]
     scored = [
         (name, [(row.prompt, row.answer, row.paraphrase, row.perturbed) for row in rows])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,14 @@ def check_inputs(config: RunConfig) -> int:
     ray_start.check_gpus(config.train)
     build_objective(config.unlearn)
     build_rule(config.rectify)
-    for path, what in ((config.model.path, "model.path"), (config.retain_model, "retain_model")):
+    named = {
+        "model.path": config.model.path,
+        "retain_model": config.retain_model,
+        "evaluate.start": config.evaluate.start,
+    }
+    for what, path in named.items():
         if path is not None and path != "prepared":
-            models.check_model(path, what)
+            models.check_model(path, what, config.model.tokenizer)
     benchmark = load_benchmark(config.benchmark)
     check_metrics(config.evaluate, config.retain_model is not None, benchmark)
     return len(retain_subset(benchmark, config.retain, config.train.seed))
@@ -102,8 +107,20 @@ def train(
     return launch(worker.task, assignment, config.train, folder, name=folder.name, gpus=gpus, in_tune=in_tune)
 
 
-def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say: Say) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    say: Say,
+    tags: Mapping[str, str] | None = None,
+    deliver: bool = True,
+) -> dict[str, Any]:
     """``gru unlearn``: check, prepare where needed, run, deliver.
+
+    Args:
+        tags: what else the run is marked with.
+        deliver: carry the journal to MLflow; False where the folder's parent does that.
 
     Returns:
         ``{"run", "status", "steps", "scores", "points", "model", "tracking_uri", "run_id"}``.
@@ -121,25 +138,26 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False, say
     storage = mirror.of(config.output.storage)
     folder = output.examine(Path(config.output.dir), overwrite=overwrite, resume=resume, storage=storage)
     with output.hold(folder):
-        return _held(config, rows, folder, uri, overwrite, resume, say)
+        return _held(config, rows, folder, uri if deliver else None, overwrite, resume, say, tags or {})
 
 
 def _held(
-    config: RunConfig, rows: int, folder: Path, uri: str, overwrite: bool, resume: bool, say: Say
-) -> dict[str, Any]:
-    """The run, once its folder belongs to this process alone."""
+    config: RunConfig, rows: int, folder: Path, uri: str | None, overwrite: bool, resume: bool, say: Say,
+    marks: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """The run, once its folder belongs to this process alone; ``uri`` None: its parent delivers it."""
     copy = mirror.Mirror(config.output.storage, folder, say=say)
     content = search_inputs.fingerprint(config, load_benchmark(config.benchmark))
     if resume:
         copy.resume()
-        _same_config(config, folder, content)
+        same_config(config, folder, content)
     gpus = ray_start.connect(config.train, say) if config.train.workers else ray_start.local_gpus(config.train)
     for line in (*ignored(config), *_scale(config)):
         say(f"note: {line}")
     ready = prepare.resolve(config, say=say)
     shared = _inputs(ready, folder if resume else None, gpus, say)
     # before claim: it may refuse the experiment
-    deliver = Courier(uri, config.track.experiment, folder, say=say, before=copy.poll)
+    deliver = Courier(uri, config.track.experiment, folder, say=say, before=copy.poll) if uri else nullcontext()
     folder = output.claim(Path(config.output.dir), overwrite=overwrite, resume=resume, storage=copy.storage)
     (folder / "request.yaml").write_text(settings.to_yaml(config))
     copy.push("request.yaml")
@@ -148,7 +166,7 @@ def _held(
     what = f"{config.unlearn.objective}, rule {config.rectify.rule}, {config.unlearn.steps} steps"
     kept = f", kept in {copy.storage}" if copy.storage else ""
     say(f"unlearning in {folder}{kept}: {what}, {rows} retain rows{begun}")
-    tags = {"gru.kind": "run", search_checks.FINGERPRINT: content, **provenance.tags()}
+    tags = {"gru.kind": "run", search_checks.FINGERPRINT: content, **provenance.tags(), **marks}
     with (
         deliver as courier,
         watching(_teller(folder, config, say), before=copy.poll),
@@ -169,7 +187,7 @@ def _held(
     model = folder / "model"
     return {
         "run": str(folder), **result, "model": str(model) if model.exists() else None,
-        "tracking_uri": tracking.hide(uri), "run_id": courier.run_id,
+        "tracking_uri": tracking.hide(uri) if uri else None, "run_id": courier.run_id if courier else None,
     }  # fmt: skip
 
 
@@ -207,7 +225,7 @@ def _inputs(config: RunConfig, resumed: Path | None, gpus: float, say: Say) -> A
     return launch(here, config, config.train, Path(config.output.dir), name="inputs", gpus=gpus)
 
 
-def _same_config(config: RunConfig, folder: Path, content: str) -> None:
+def same_config(config: RunConfig, folder: Path, content: str) -> None:
     """A resumed run is the run that was started: anything else would be two runs under one name.
 
     Args:

@@ -163,8 +163,8 @@ class _Work:
             self.model,
             config,
             build_objective(config.unlearn),
-            Rows(shared.forget),
-            Rows([shared.retain[i] for i in subset]),
+            Rows(inputs.flat(shared.forget)),
+            Rows(inputs.flat(shared.retain[i] for i in subset)),
             self.group,
             Hooks(log=self._log, evaluate=self._evaluate, stop=stop, saved=self.keeper.saved),
             self.folder / "checkpoints",
@@ -229,7 +229,8 @@ class _Work:
     def _evaluate(self, step: int, last: bool) -> None:
         # a step is the same model whenever it is reached, but for rounding on GPUs or with other workers
         progress = Progress(self.folder / inputs.EVALUATING, f"step {step}", self.group)
-        found = self._measure(progress, last) if step else self.baseline.start
+        begins = step == 0 and self.config.evaluate.start is None
+        found = self.baseline.start if begins else self._measure(progress, last)
         ends = trade_off(found.scores, self.baseline, self.config.evaluate)
         self.scores = {**found.scores, **ends}
         if self.journal:

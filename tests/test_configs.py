@@ -13,6 +13,7 @@ from pipelines import settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "tune_configs"
 FILES = sorted(FOLDER.rglob("*.y*ml"))
+SEARCHED = [file for file in FILES if not settings.load(str(file)).requests.splits]
 
 
 def test_the_studies_are_there_and_go_by_their_names() -> None:
@@ -40,7 +41,7 @@ def test_a_study_is_explained(file: Path) -> None:
     assert sum("#" in line for line in lines) >= 10
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SEARCHED, ids=lambda file: file.stem)
 def test_families_are_compared_on_equal_terms(file: Path) -> None:
     """DESIGN, "A fair comparison": plain, sum and rectified, sum without a moving average, each its own weight."""
     families = settings.load(str(file)).search.families
@@ -79,3 +80,17 @@ def test_the_llama_study_names_the_published_models_and_settings() -> None:
     assert config.model.dtype == "bfloat16"
     assert config.unlearn.batch_size * config.unlearn.steps >= 5 * 400  # five epochs of forget10
     assert (config.unlearn.lr, config.unlearn.weight_decay, config.rectify.ema) == (1e-5, 0.01, 0.8)
+
+
+@pytest.mark.parametrize("name", ["muse_news", "muse_news_scalability", "muse_news_sustainability"])
+def test_the_muse_studies_name_the_published_models_and_settings(name: str) -> None:
+    config = settings.load(name)
+    assert config.model.path == "muse-bench/MUSE-News_target"
+    assert config.model.tokenizer == "meta-llama/Llama-2-7b-hf"
+    assert config.retain_model == "muse-bench/MUSE-News_retrain"
+    assert (config.evaluate.unlearning, config.evaluate.retention) == ("forget_verbmem", "retain_knowmem")
+    assert {"forget_verbmem", "forget_knowmem", "retain_knowmem", "privleak"} <= set(config.evaluate.metrics)
+    assert (config.unlearn.lr, config.unlearn.batch_size) == (1e-5, 32)
+    assert config.requests.sequential == name.endswith("sustainability")
+    splits = {"muse_news_scalability": "scal", "muse_news_sustainability": "sust"}
+    assert list(config.requests.splits) == [f"news/{splits[name]}_{n}" for n in range(1, 5) if name in splits]

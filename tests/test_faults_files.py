@@ -87,10 +87,10 @@ def test_settings_of_the_machines_may_change_on_resume_and_no_others(study: Stud
     free = ["train.workers=3", "train.min_workers=1", "train.micro_batch=2", "train.max_failures=7", "train.grace=3"]
     free += ["train.hang_timeout=5", "train.cpus_per_worker=2", "train.gpus_per_worker=0"]
     free += ["train.activation_checkpointing=true", "train.strategy=fsdp", "train.cpu_offload=true"]
-    unlearn._same_config(study.load(stopped, *faults.STEPS, *free), stopped, "content")
+    unlearn.same_config(study.load(stopped, *faults.STEPS, *free), stopped, "content")
     for other in ("train.seed=1", "unlearn.batch_size=4", "train.checkpoint_every=3"):
         with pytest.raises(unlearn.InputError, match=other.partition("=")[0]):
-            unlearn._same_config(study.load(stopped, *faults.STEPS, other), stopped, "content")
+            unlearn.same_config(study.load(stopped, *faults.STEPS, other), stopped, "content")
 
 
 def test_rows_may_lie_elsewhere_on_resume_where_they_are_the_same(

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gru_core import models
-from gru_core.config import ModelConfig, PrepareConfig
+from gru_core.config import ModelConfig, PrepareConfig, RunConfig
 from gru_core.errors import InputError
+from pipelines import package
 from tests import small
 
 
@@ -67,7 +68,31 @@ def test_incomplete_folders_are_refused(folder: Path, tmp_path: Path, remove: st
     shutil.copytree(folder, broken)
     (broken / remove).unlink()
     with pytest.raises(InputError, match=message):
-        models.load_model(str(broken), ModelConfig())
+        models.check_model(str(broken))
+
+
+def test_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """Models that come without one (MUSE's) take the one that model.tokenizer names, the retain model too."""
+    bare, alone = tmp_path / "bare", tmp_path / "tokenizer"
+    shutil.copytree(folder, bare)
+    alone.mkdir()
+    for file in bare.glob("tokenizer*"):
+        shutil.move(file, alone / file.name)
+    config = ModelConfig(path=str(bare), tokenizer=str(alone))
+    models.check_model(str(bare), "retain_model", config.tokenizer)
+    expected = small.tokenizer().encode("who wrote book 3")
+    for name in ("model.path", "retain_model"):
+        assert models.tokenizer_of(str(bare), config, name).encode("who wrote book 3") == expected
+    with pytest.raises(InputError, match=r"retain_model: folder .* has no tokenizer"):
+        models.tokenizer_of(str(bare), ModelConfig(path=str(bare)), "retain_model")
+    with pytest.raises(InputError, match=r"model\.tokenizer: there is no folder './nowhere'"):
+        models.check_model(str(bare), "model.path", "./nowhere")
+    with pytest.raises(
+        InputError, match=r"model\.tokenizer: got .*, allowed: null, or a folder or hub id; null with prep"
+    ):
+        RunConfig(model=ModelConfig(tokenizer=str(alone)))
+    sent = {item.key: item for item in package.find_inputs(RunConfig(model=config))}["model.tokenizer"]
+    assert set(sent.files) == {file.name for file in alone.iterdir()}
 
 
 def test_pickled_weights_and_missing_folders_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from gru_core.benchmarks.authors import load_authors
 from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.benchmarks.jsonl import load_jsonl
+from gru_core.benchmarks.muse import load_muse
 from gru_core.benchmarks.read import check_apart, key, positions
 from gru_core.benchmarks.tofu import load_tofu
 from gru_core.config import BenchmarkConfig, RetainConfig
@@ -19,10 +20,16 @@ __all__ = ["BENCHMARKS", "Benchmark", "EvalRow", "load_benchmark", "retain_subse
 BENCHMARKS: dict[str, Callable[[BenchmarkConfig], Benchmark]] = {
     "authors": load_authors,
     "tofu": load_tofu,
+    "muse": load_muse,
     "jsonl": load_jsonl,
 }
 
-_OPTIONS = {"authors": {"split", "seed"}, "tofu": {"split", "data_dir"}, "jsonl": {"forget", "retain", "holdout"}}
+_OPTIONS = {
+    "authors": {"split", "seed"},
+    "tofu": {"split", "data_dir"},
+    "muse": {"split", "data_dir"},
+    "jsonl": {"forget", "retain", "holdout"},
+}
 """The fields of ``BenchmarkConfig`` that each benchmark reads, besides ``name`` and ``retain_rows``."""
 
 

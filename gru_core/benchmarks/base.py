@@ -40,8 +40,8 @@ class Benchmark:
         retain: rows to keep.
         background: rows that both prepared models learn besides (facts that a pretrained model would know);
             never part of the retain stream.
-        scored: set name (``forget``, ``retain``, ``authors``, ``facts``, ``holdout``) to the rows that score it;
-            sets that the benchmark lacks are absent.
+        scored: set name (``forget``, ``retain``, ``authors``, ``facts``, ``holdout``, ``verbmem``, ...) to the rows
+            that score it; sets that the benchmark lacks are absent.
         retain_scored: positions in ``retain`` of the rows that score retention.
     """
 

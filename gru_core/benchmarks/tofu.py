@@ -64,6 +64,13 @@ def load_tofu(config: BenchmarkConfig) -> Benchmark:
     )
 
 
+def files(folder: Path, split: str) -> list[str]:
+    """Names of the files in ``folder`` that ``benchmark.split: split`` reads."""
+    parts = [split, RETAIN_OF[split], f"{split}_perturbed", "retain_perturbed", *FACTS.values()]
+    optional = [HOLDOUT[split]] if (folder / f"{HOLDOUT[split]}.json").is_file() else []
+    return [f"{part}.json" for part in parts + optional]
+
+
 def _from_folder(folder: Path, names: Mapping[str, str]) -> dict[str, list[Located]]:
     files = {part: folder / f"{name}.json" for part, name in names.items()}
     if not files["holdout"].is_file():

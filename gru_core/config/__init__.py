@@ -17,6 +17,7 @@ from gru_core.config.study import (
     FamilyConfig,
     OutputConfig,
     PrepareConfig,
+    RequestsConfig,
     SearchConfig,
     TrackConfig,
 )
@@ -39,6 +40,7 @@ class RunConfig:
     retain_model: str | None = None
     """Folder or hub id of a model trained without the forget set, ``prepared``, or null."""
     search: SearchConfig = field(default_factory=SearchConfig)
+    requests: RequestsConfig = field(default_factory=RequestsConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -46,12 +48,16 @@ class RunConfig:
         workers, batch = self.train.workers, self.unlearn.batch_size
         if workers > 1:
             check(batch >= workers, "unlearn.batch_size", batch, f"at least train.workers ({workers})")
+        tokenizer, prepared = self.model.tokenizer, "prepared" in (self.model.path, self.retain_model)
+        ok = tokenizer is None or (bool(tokenizer) and not prepared)
+        check(ok, "model.tokenizer", tokenizer, "null, or a folder or hub id; null with prepared models")
         merged = self.output.merged
         check(not merged or self.model.lora is not None, "output.merged", merged, "false without model.lora")
 
 
 __all__ = [
     "BenchmarkConfig", "BestConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig",
-    "PrepareConfig", "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig",
+    "PrepareConfig", "RectifyConfig", "RequestsConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig",
+    "TrainConfig",
     "UnlearnConfig",
 ]  # fmt: skip

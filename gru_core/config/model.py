@@ -38,6 +38,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "pure_bfloat16"] = "float32"
     """Compute type. ``bfloat16`` computes in bf16 over float32 weights, gradients and optimizer state;
     ``pure_bfloat16`` stores everything in bf16 too: small updates are then lost, and a warning says so."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer of models whose own folders have none (those of MUSE); it serves the retain
+    model too. Null: each model's own."""
     lora: LoraConfig | None = None
     """Train low-rank adapters; null: all parameters. With ``bfloat16`` the frozen weights are stored in bf16."""
     system_prompt: str | None = None
@@ -57,11 +60,14 @@ class BenchmarkConfig:
 
     __pydantic_config__ = STRICT
     name: str = "authors"
-    """``authors`` (built in), ``tofu`` or ``jsonl``."""
+    """``authors`` (built in), ``tofu``, ``muse`` or ``jsonl``."""
     split: str = "forget10"
-    """Forget split: of ``authors`` and ``tofu``, ``forget01``, ``forget05`` or ``forget10``."""
+    """Forget split: of ``authors`` and ``tofu``, ``forget01``, ``forget05`` or ``forget10``; of ``muse``, ``news`` or
+    ``books``, with ``/scal_1`` to ``/scal_4`` (larger and larger forget sets) or ``/sust_1`` to ``/sust_4`` (one
+    request after the other) behind it."""
     data_dir: str | None = None
-    """``tofu``: a local folder of its JSON files; null loads ``locuslab/TOFU`` from the hub."""
+    """``tofu``: a local folder of its JSON files; null loads ``locuslab/TOFU`` from the hub. ``muse``: a local folder
+    of ``<subset>/<split>`` files (JSON or Parquet); null loads ``muse-bench/MUSE-News`` or ``-Books``."""
     forget: str | None = None
     """``jsonl``: file of rows to forget."""
     retain: str | None = None

@@ -52,7 +52,15 @@ class EvaluateConfig:
     batch_rows: int = 64
     """Sequences per forward pass where all are as long as the longest; of shorter ones there are more."""
     max_new_tokens: int = 200
-    """Longest greedy generation (ROUGE)."""
+    """Longest greedy generation (ROUGE). MUSE's metrics have lengths of their own: 128 (verbmem) and 32 (knowmem)."""
+    convention: Literal["original", "openunlearning"] = "original"
+    """Whose conventions the metrics follow where published code differs. ``original``: the code of the paper that
+    introduced the metric. ``openunlearning``: extraction strength is 1/n, not 0, where not even the last of n tokens is
+    the arg-max; 1e-10 is added to the denominators of truth ratio, its inverse, choice probability and privleak;
+    verbmem and knowmem compare stemmed words, verbmem with the whole continuation instead of its first 128 tokens."""
+    start: str | None = None
+    """Folder or hub id of the model that unlearning and retention are counted from; null: ``model.path``. The requests
+    of a sequence are all counted from the first one's."""
     best: BestConfig | None = None
     """Keep the best evaluated model too, in ``best`` beside ``model`` (a search: of each trial), such as
     ``{maximise: unlearning, at_least: 0.95}``; null: the last one only."""
@@ -62,6 +70,9 @@ class EvaluateConfig:
         for name in ("batch_rows", "max_new_tokens"):
             value = getattr(self, name)
             check(value >= 1, f"evaluate.{name}", value, "a whole number from 1")
+        conventions = ("original", "openunlearning")
+        check(self.convention in conventions, "evaluate.convention", self.convention, ", ".join(conventions))
+        check(self.start not in ("", "prepared"), "evaluate.start", self.start, "null, a folder or a hub id")
         check(self.rows is None or self.rows >= 1, "evaluate.rows", self.rows, "null or a whole number from 1")
 
 
@@ -139,6 +150,26 @@ class SearchConfig:
         known = {"unlearning", "retention"}
         ok = 0 < len(set(self.metrics)) == len(self.metrics) and set(self.metrics) <= known
         check(ok, "search.metrics", list(self.metrics), "unlearning, retention, or both")
+
+
+@dataclass(frozen=True)
+class RequestsConfig:
+    """What ``gru requests`` runs: one unlearning run for each of several forget sets."""
+
+    __pydantic_config__ = STRICT
+    splits: tuple[str, ...] = ()
+    """Values of ``benchmark.split``, each once, in the order of the requests."""
+    sequential: bool = False
+    """True: each request starts from the model that the one before left (sustainability), and is scored against the
+    first one's start. False: each starts from ``model.path`` (scalability)."""
+    passes: float | None = None
+    """Passes over each forget set, so that a larger one gets more steps: rows x passes / ``unlearn.batch_size``,
+    rounded up. Null: ``unlearn.steps`` for each."""
+
+    def __post_init__(self) -> None:
+        splits, passes = list(self.splits), self.passes
+        check(passes is None or (finite(passes) and passes > 0), "requests.passes", passes, "null or a number above 0")
+        check(len(set(splits)) == len(splits), "requests.splits", splits, "values of benchmark.split, each once")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class UnlearnConfig:
     steps: int = 60
     """Optimizer steps."""
     batch_size: int = 32
-    """Rows of each stream (forget, retain) per optimizer step, over all workers."""
+    """Rows of each stream (forget, retain) per optimizer step, over all workers. A text that is longer than the model
+    takes counts as several, one for each piece of it."""
     lr: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up: constant, or falling to (almost) 0 at the last step."""

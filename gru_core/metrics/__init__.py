@@ -21,6 +21,7 @@ from gru_core.metrics import (
     forget_quality,
     measure,
     membership,
+    muse,
     probability,
     rouge,
     truth_ratio,
@@ -53,6 +54,7 @@ METRICS: dict[str, Metric] = {
     "retain_exact_memorization": exact_memorization.retain,
     **utility.METRICS,
     **membership.METRICS,
+    **muse.METRICS,
 }
 
 MODEL_METRICS: dict[str, ModelMetric] = {}
@@ -181,7 +183,7 @@ def evaluate(
         needs = dict.fromkeys(need for metric in metrics.values() for need in metric.needs)
         present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
         found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group, texts, kept)
-        return _compute(metrics, found, reference)
+        return _compute(metrics, replace(found, convention=config.convention), reference)
 
     def score(names: Sequence[str]) -> dict[str, float]:
         return over_rows({name: METRICS[name] for name in names}, None).scores

@@ -9,10 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 from gru_core.errors import InputError
 
-Kind = Literal["answer", "truth", "rouge", "tail", "gradient"]
+Kind = Literal["answer", "truth", "rouge", "continuation", "reply", "tail", "gradient"]
 """``answer``: the true answer under teacher forcing; ``truth``: its paraphrase and the wrong answers too;
-``rouge``: a greedy generation; ``tail``: the least likely tokens of the true answer; ``gradient``: the norm of the
-gradient of its loss."""
+``rouge``, ``continuation``, ``reply``: greedy generations (:mod:`gru_core.metrics.generations`); ``tail``: the least
+likely tokens of the true answer; ``gradient``: the norm of the gradient of its loss."""
+Convention = Literal["original", "openunlearning"]
+"""Whose conventions a number follows where published code differs (``evaluate.convention``)."""
+EPSILON: dict[Convention, float] = {"original": 0.0, "openunlearning": 1e-10}
+"""What is added to the denominators of truth ratio, its inverse, choice probability and PrivLeak."""
 Role = Literal["forget", "utility", "report"]
 
 LOST_NLL = 1e9
@@ -91,6 +95,7 @@ class RowScores:
     Attributes:
         paraphrase: None where the row has none: the answer then stands in its place.
         rouge: ROUGE-L recall of the greedy generation, in [0, 1].
+        f1: ROUGE-L F1 of the greedy continuation or reply, in [0, 1].
         gradient: mean over the parameter tensors of the L2 norm of the gradient of the answer's mean NLL, closing
             token left out.
         generation: the generated text, where it was asked for; :meth:`to_json` has it only with ``texts``.
@@ -102,12 +107,13 @@ class RowScores:
     paraphrase: AnswerScores | None = None
     perturbed: tuple[AnswerScores, ...] = ()
     rouge: float | None = None
+    f1: float | None = None
     tail: Tail | None = None
     gradient: float | None = None
     generation: str | None = field(default=None, repr=False)
 
     def to_json(self, texts: bool = False) -> dict[str, Any]:
-        names = ("answer", "hits", "paraphrase", "rouge", "tail", "gradient", *(["generation"] if texts else []))
+        names = ("answer", "hits", "paraphrase", "rouge", "f1", "tail", "gradient", *(["generation"] if texts else []))
         named = {name: getattr(self, name) for name in names}
         out: dict[str, Any] = {"id": self.id} | {k: v for k, v in named.items() if v is not None}
         return out | ({"perturbed": list(self.perturbed)} if self.perturbed else {})
@@ -124,6 +130,7 @@ class RowScores:
             paraphrase=answer("paraphrase"),
             perturbed=tuple(AnswerScores(*p) for p in data.get("perturbed", ())),
             rouge=data.get("rouge"),
+            f1=data.get("f1"),
             tail=Tail(*data["tail"]) if "tail" in data else None,
             gradient=data.get("gradient"),
             generation=data.get("generation"),
@@ -132,9 +139,15 @@ class RowScores:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Every measured row of every measured set, in the benchmark's order."""
+    """Every measured row of every measured set, in the benchmark's order, and how they are to be read."""
 
     sets: Mapping[str, tuple[RowScores, ...]]
+    convention: Convention = "original"
+
+    @property
+    def epsilon(self) -> float:
+        """See :data:`EPSILON`."""
+        return EPSILON[self.convention]
 
     def rows(self, name: str) -> tuple[RowScores, ...]:
         """Rows of set ``name``.
@@ -161,6 +174,13 @@ class Measurements:
             self._given(row.rouge, name, "a generation")
         return [r.rouge for r in rows if r.rouge is not None]
 
+    def f1s(self, name: str) -> list[float]:
+        """ROUGE-L F1 of set ``name``; InputError where nothing was generated."""
+        rows = self.rows(name)
+        for row in rows:
+            self._given(row.f1, name, "a continuation or reply")
+        return [r.f1 for r in rows if r.f1 is not None]
+
     def tails(self, name: str) -> list[Tail]:
         """Tails of set ``name``; InputError where they were not measured."""
         return [t for r in self.rows(name) if (t := self._given(r.tail, name, "the tail of the answer"))]
@@ -179,6 +199,8 @@ class Measurements:
             "answer": lambda r: r.answer is not None and r.hits is not None,
             "truth": lambda r: bool(r.perturbed),
             "rouge": lambda r: r.rouge is not None,
+            "continuation": lambda r: r.f1 is not None,
+            "reply": lambda r: r.f1 is not None,
             "tail": lambda r: r.tail is not None,
             "gradient": lambda r: r.gradient is not None,
         }
@@ -236,7 +258,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Ids and numbers only; :meth:`from_json` gives an equal object back."""
         sets = {name: [r.to_json() for r in rows] for name, rows in self.measurements.sets.items()}
-        return {"scores": dict(self.scores), "notes": list(self.notes), "sets": sets}
+        found = {"scores": dict(self.scores), "notes": list(self.notes), "sets": sets}
+        return found | {"convention": self.measurements.convention}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Evaluation:
@@ -247,7 +270,8 @@ class Evaluation:
         """
         try:
             sets = {n: tuple(RowScores.from_json(r) for r in rows) for n, rows in data["sets"].items()}
-            return Evaluation(dict(data["scores"]), Measurements(sets), tuple(data["notes"]))
+            found = Measurements(sets, data.get("convention", "original"))
+            return Evaluation(dict(data["scores"]), found, tuple(data["notes"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not an evaluation document: {type(error).__name__}: {error}") from error
 

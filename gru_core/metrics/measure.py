@@ -23,9 +23,9 @@ from gru_core.config import EvaluateConfig, ModelConfig
 from gru_core.metrics.base import Kind, Measurements, Need, RowScores, Tail
 from gru_core.metrics.forced import Answer, Forced, teacher_forced
 from gru_core.metrics.generate import greedy
+from gru_core.metrics.generations import GENERATIONS, Made
 from gru_core.metrics.gradients import gradient_norms
 from gru_core.metrics.progress import Progress
-from gru_core.metrics.rouge import rouge_l_recall
 from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.tokens import EncodedRow, encode_row
 from gru_core.parallel import Group, is_sharded, lockstep, unwrap
@@ -108,7 +108,7 @@ def _tokens(task: _Task) -> int:
 
 def _digest(tasks: Sequence[_Task], config: EvaluateConfig, model_config: ModelConfig, texts: bool) -> str:
     """Of everything that the numbers of these tasks depend on, besides the model's weights."""
-    digest = hashlib.sha256(repr((config.max_new_tokens, model_config.dtype, texts)).encode())
+    digest = hashlib.sha256(repr((config.max_new_tokens, config.convention, model_config.dtype, texts)).encode())
     for task in tasks:
         answers = [a.ids for a in (task.encoded.answer, task.encoded.paraphrase, *task.encoded.perturbed) if a]
         digest.update(repr((task.set, task.row.id, task.row.answer, sorted(task.kinds), answers)).encode())
@@ -173,7 +173,7 @@ def _asked(tasks: Sequence[_Task]) -> tuple[dict[TokenRow, None], set[TokenRow]]
     """The answers that ``tasks`` ask for, equal ones once; and those of them whose tails are asked for."""
     wanted: dict[TokenRow, None] = {}
     for task in tasks:
-        rows = [task.encoded.answer] if task.kinds & {"answer", "tail", "rouge"} else []
+        rows = [task.encoded.answer] if task.kinds & {"answer", "tail", *GENERATIONS} else []
         if "truth" in task.kinds:
             rows += [*([task.encoded.paraphrase] if task.encoded.paraphrase else []), *task.encoded.perturbed]
         wanted |= dict.fromkeys(rows)
@@ -190,21 +190,27 @@ def _gradients(model: nn.Module, tasks: Sequence[_Task], device: torch.device) -
 
 def _generated(
     scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], forced: Forced, config: EvaluateConfig
-) -> dict[_Task, str]:
-    """The greedy generation of every task that asks for ROUGE, from where it leaves the true answer on."""
-    asked = [t for t in tasks if "rouge" in t.kinds]
-    if not asked:
-        return {}
-    made = greedy(
-        scorer,
-        [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
-        stop=stop_tokens(scorer.model, tokenizer),
-        pad_id=_pad_id(tokenizer),
-        max_new_tokens=config.max_new_tokens,
-        batch_rows=config.batch_rows,
-        begun=[_begun(t.encoded.answer, forced[t.encoded.answer]) for t in asked],
-    )
-    return dict(zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
+) -> dict[_Task, Made]:
+    """The greedy generation of every task that asks for one, from where it leaves the true answer on, scored; of
+    several kinds on one row, the scores of all."""
+    out: dict[_Task, Made] = {}
+    for kind, generation in GENERATIONS.items():
+        asked = [t for t in tasks if kind in t.kinds]
+        if not asked:
+            continue
+        made = greedy(
+            scorer,
+            [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
+            stop=stop_tokens(scorer.model, tokenizer),
+            pad_id=_pad_id(tokenizer),
+            max_new_tokens=generation.new_tokens or config.max_new_tokens,
+            batch_rows=config.batch_rows,
+            begun=[_begun(t.encoded.answer, forced[t.encoded.answer]) for t in asked],
+        )
+        for task, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+            score = generation.score(tokenizer, task.row.answer, text, config.convention)
+            out[task] = score.joined(out.get(task))
+    return out
 
 
 def _begun(row: TokenRow, found: Answer) -> list[int]:
@@ -226,7 +232,7 @@ def _pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _row(task: _Task, forced: Forced, made: str | None, gradient: float | None, texts: bool) -> RowScores:
+def _row(task: _Task, forced: Forced, made: Made | None, gradient: float | None, texts: bool) -> RowScores:
     found = forced.get(task.encoded.answer)
     answer, hits = (found.scores, found.hits) if found and "answer" in task.kinds else (None, None)
     tail = found.tail if found and "tail" in task.kinds else None
@@ -238,8 +244,9 @@ def _row(task: _Task, forced: Forced, made: str | None, gradient: float | None, 
         hits=hits,
         paraphrase=forced[paraphrase].scores if paraphrase else None,
         perturbed=tuple(forced[p].scores for p in perturbed),
-        rouge=rouge_l_recall(task.row.answer, made) if made is not None else None,
+        rouge=made.rouge if made else None,
+        f1=made.f1 if made else None,
         tail=Tail(*tail, len(zlib.compress(task.row.answer.encode()))) if tail else None,
         gradient=gradient,
-        generation=made if texts else None,
+        generation=made.text if made and texts else None,
     )

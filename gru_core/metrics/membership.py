@@ -100,10 +100,11 @@ def _attack(attack: Attack, *kinds: Kind, compares: bool = False) -> Metric:
 
 
 def _privleak(found: Measurements, reference: Measurements | None) -> float:
-    """:func:`privleak`; where the retain model recognises every forget row, half a pair of rows less than every."""
-    least = 0.5 / (len(found.rows("forget")) * len(found.rows("holdout")))
+    """:func:`privleak`; where the retain model recognises every forget row, half a pair of rows less than every
+    (OpenUnlearning's epsilon makes a huge number of it)."""
+    least = 0.0 if found.epsilon else 0.5 / (len(found.rows("forget")) * len(found.rows("holdout")))
     floor = UNSEEN if reference is None else METRICS["mia_min_k"].compute(reference, None)
-    return privleak(METRICS["mia_min_k"].compute(found, None), min(floor, 1.0 - least))
+    return privleak(METRICS["mia_min_k"].compute(found, None), min(floor, 1.0 - least), found.epsilon)
 
 
 METRICS = {

@@ -13,8 +13,11 @@ def probability(measurements: Measurements, name: str) -> float:
     return mean([a.probability for a in measurements.answers(name)])
 
 
-def choice_probability(row: RowScores) -> float:
+def choice_probability(row: RowScores, epsilon: float = 0.0) -> float:
     """``p / (p + sum of p over the wrong answers)`` of one row, from means of NLL, so nothing underflows.
+
+    Args:
+        epsilon: added to the denominator (OpenUnlearning: 1e-10).
 
     Raises:
         InputError: the row was measured without wrong answers.
@@ -25,12 +28,13 @@ def choice_probability(row: RowScores) -> float:
         return 0.0
     # exp overflows past 709; a wrong answer 700 nats a token likelier leaves p = 0 anyway
     odds = (math.exp(min(row.answer.mean_nll - wrong.mean_nll, 700.0)) for wrong in row.perturbed)
-    return 1.0 / (1.0 + math.fsum(odds))
+    added = epsilon * math.exp(min(row.answer.mean_nll, 700.0)) if epsilon else 0.0
+    return 1.0 / (1.0 + math.fsum(odds) + added)
 
 
 def mean_choice_probability(measurements: Measurements, name: str) -> float:
     """Mean of :func:`choice_probability` over set ``name`` (real authors and world facts)."""
-    return mean([choice_probability(r) for r in measurements.rows(name)])
+    return mean([choice_probability(r, measurements.epsilon) for r in measurements.rows(name)])
 
 
 forget_probability = Metric("forget", (Need("forget", "answer"),), lambda m, _: probability(m, "forget"))

@@ -1,4 +1,4 @@
-"""ROUGE-L recall, with stemming, of the greedy generation against the answer (TOFU, arXiv 2401.06121)."""
+"""ROUGE-L: recall, with stemming, of the greedy generation against the answer (TOFU, arXiv 2401.06121); and F1."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from gru_core.metrics.base import Measurements, Metric, Need, mean
 
 
 @functools.cache
-def _scorer() -> Any:
+def _scorer(stem: bool) -> Any:
     from rouge_score import rouge_scorer
 
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
 
 
 def rouge_l_recall(answer: str, generation: str) -> float:
     """Longest common subsequence of words over the words of ``answer``, in [0, 1]."""
-    return float(_scorer().score(answer, generation)["rougeL"].recall)
+    return float(_scorer(True).score(answer, generation)["rougeL"].recall)
+
+
+def rouge_l_f1(answer: str, generation: str, stem: bool) -> float:
+    """Harmonic mean of the recall and of the same subsequence over the words of ``generation``, in [0, 1]."""
+    return float(_scorer(stem).score(answer, generation)["rougeL"].fmeasure)
 
 
 def rouge(measurements: Measurements, name: str) -> float:
