@@ -16,6 +16,8 @@ from gru_core.config.study import (
     FamilyConfig,
     OutputConfig,
     PrepareConfig,
+    QuantiseConfig,
+    RelearnConfig,
     SearchConfig,
     TrackConfig,
 )
@@ -51,5 +53,6 @@ class RunConfig:
 
 __all__ = [
     "BenchmarkConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig", "PrepareConfig",
-    "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
+    "QuantiseConfig", "RectifyConfig", "RelearnConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig",
+    "TrainConfig", "UnlearnConfig",
 ]  # fmt: skip

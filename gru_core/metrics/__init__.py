@@ -22,6 +22,8 @@ from gru_core.metrics import (
     measure,
     membership,
     probability,
+    quantise,
+    relearn,
     rouge,
     truth_ratio,
     utility,
@@ -54,7 +56,11 @@ METRICS: dict[str, Metric] = {
     **membership.METRICS,
 }
 
-MODEL_METRICS: dict[str, ModelMetric] = {}
+MODEL_METRICS: dict[str, ModelMetric] = {
+    "relearn": relearn.forget,
+    "relearn_retain": relearn.retain,
+    "quantise": quantise.metric,
+}
 
 
 def find(name: str) -> Metric | ModelMetric:
@@ -174,14 +180,14 @@ def evaluate(
     group = group or Group()
     chosen = {name: find(name) for name in requested(config, final)}
 
-    def over_rows(metrics: Mapping[str, Metric]) -> Evaluation:
+    def over_rows(metrics: Mapping[str, Metric], data: Benchmark = benchmark) -> Evaluation:
         needs = dict.fromkeys(need for metric in metrics.values() for need in metric.needs)
-        present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
-        found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group, texts)
+        present = [need for need in needs if _lacks(need, data, config.rows) is None]
+        found = measure.measure(model, tokenizer, data, present, config, model_config, group, texts)
         return _compute(metrics, found, reference)
 
-    def score(names: Sequence[str]) -> dict[str, float]:
-        return over_rows({name: METRICS[name] for name in names}).scores
+    def score(names: Sequence[str], data: Benchmark | None = None) -> dict[str, float]:
+        return over_rows({name: METRICS[name] for name in names}, data or benchmark).scores
 
     found = over_rows({name: metric for name, metric in chosen.items() if isinstance(metric, Metric)})
     scores = dict(found.scores)
