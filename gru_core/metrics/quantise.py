@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from gru_core import adapters
 from gru_core.benchmarks.base import Benchmark
@@ -67,7 +68,7 @@ def _torchao(weight_OI: torch.Tensor, bits: int, group_size: int | None) -> torc
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
     weight_OGS = _grouped(weight_OI, group_size)
-    holder = nn.Linear(1, 1, bias=False)
+    holder = skip_init(nn.Linear, 1, 1, bias=False)  # no random number is drawn
     holder.weight = nn.Parameter(weight_OGS.flatten(1).contiguous(), requires_grad=False)
     kind = getattr(torch, f"int{bits}")
     quantize_(holder, IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(weight_OGS.shape[2])))
