@@ -63,6 +63,10 @@ def test_they_change_nothing_in_the_run(run: tuple[Path, dict[str, Any]], study:
         unlearn.run(study.load(tmp_path / name, *settings), say=say)
         found = final_weights(tmp_path / name)
         assert all(torch.equal(found[key], want[key]) for key in want), name
+    record = journal.load(tmp_path / "always")  # measured five times, and one curve: that of the end
+    scores = json.loads((tmp_path / "always" / "scores.json").read_text())["scores"]
+    for step in CURVE:
+        assert record.metrics[step]["relearn/forgetting"] == scores[f"relearn/step_{step}"]
 
 
 @pytest.mark.slow
