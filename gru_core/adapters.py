@@ -138,6 +138,35 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
             layer.set_scale(_NAME, 1.0)
 
 
+@contextmanager
+def lent(model: Any, config: LoraConfig, seed: int, device: torch.device) -> Iterator[nn.Module]:
+    """A frozen model with new adapters, drawn from ``seed``, on ``device``; its own layers are back afterwards.
+
+    A sharded model gets whole adapters, the same on every rank.
+    """
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    attributes = dict(vars(model))
+    add(model, config)
+    initialise(model, seed)
+    for name, p in model.named_parameters():
+        if is_adapter(name):
+            p.data = p.data.to(device)
+    try:
+        yield model
+    finally:
+        for module, before in children:
+            module._modules.update(before)
+        for name in vars(model).keys() - attributes.keys():
+            delattr(model, name)
+        vars(model).update(attributes)
+
+
+def parts(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (rank, in), B (out, rank) and the factor of a layer with an adapter, which computes with its own weight, as
+    (out, in), plus ``factor * B A``."""
+    return layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight, layer.scaling[_NAME]
+
+
 def save(model: Any, weights: dict[str, torch.Tensor], base: str, folder: Path) -> None:
     """An adapter folder as ``peft`` reads it: ``PeftModel.from_pretrained(base_model, folder)``.
 

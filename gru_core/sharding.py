@@ -157,13 +157,13 @@ def whole(model: nn.Module, names: set[str] | None = None) -> Iterator[tuple[str
     """
     for name, p in model.named_parameters():
         if names is None or name in names:
-            yield name, _gathered(p.detach()).cpu()
+            yield name, gathered(p.detach()).cpu()
     for name, buffer in kept_buffers(model):
         if names is None:
             yield name, buffer.cpu()
 
 
-def _gathered(p: torch.Tensor) -> torch.Tensor:
+def gathered(p: torch.Tensor) -> torch.Tensor:
     """The whole tensor; shards that rest in host memory go to the device first, where the collective is."""
     if not isinstance(p, DTensor):
         return p

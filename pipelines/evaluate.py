@@ -14,7 +14,7 @@ from gru_core import metrics, models
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import EvaluateConfig, RunConfig
-from gru_core.metrics import METRICS, Evaluation, published
+from gru_core.metrics import METRICS, Evaluation, published, relearn
 from gru_core.parallel import Group
 from gru_core.placing import place_frozen
 from pipelines import alive, identity, output, prepare, provenance, ray_start, settings, tracking
@@ -147,9 +147,10 @@ def _metrics(
     if config.train.strategy == "fsdp" and names is None and "mia_gradnorm" in able:
         able = tuple(name for name in able if name != "mia_gradnorm")
         left = (*left, "mia_gradnorm: left out, it needs whole gradients (train.strategy ddp)")
-    # the two of the trade-off are not asked for here; these are measured wherever there are rows at all
-    ends = replace(asked, unlearning="forget_probability", retention="retain_probability")
-    return replace(ends, metrics=able, final=()), left
+    if not any(name in metrics.MODEL_METRICS for name in able):  # which look at the two of the trade-off
+        # they are not asked for otherwise; these are measured wherever there are rows at all
+        asked = replace(asked, unlearning="forget_probability", retention="retain_probability")
+    return replace(asked, metrics=able, final=()), left
 
 
 def _kept(found: Evaluation, names: Sequence[str] | None) -> dict[str, float]:
@@ -219,6 +220,8 @@ def _close(folder: Path, summary: dict[str, Any], config: RunConfig, courier: Co
             with Journal(folder) as record:
                 record.run(folder.name, tags | provenance.tags())
                 record.metrics(0, {f"eval/{name}": value for name, value in summary["scores"].items()})
+                for step, values in relearn.curves(summary["scores"]).items():
+                    record.metrics(step, values)
                 record.artifact(SUMMARY)
                 record.status("finished")
         run_id = courier.run_id

@@ -16,7 +16,7 @@ from gru_core.config import RunConfig
 from gru_core.errors import NonFiniteError, StorageError
 from gru_core.loop import Hooks, Run
 from gru_core.losses import Rows
-from gru_core.metrics import Baseline, Evaluation, Progress, evaluate, trade_off
+from gru_core.metrics import Baseline, Evaluation, Progress, evaluate, relearn, trade_off
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, current_group, unwrap
 from gru_core.placing import frozen, place
@@ -239,6 +239,9 @@ class _Work:
             file = folder / f"step-{step:08d}.json"
             file.write_text(json.dumps(found.to_json() | {"trade_off": ends}))
             self.journal.metrics(step, {f"eval/{key}": value for key, value in self.scores.items()})
+            if last:  # one curve a run, over steps of relearning
+                for after, values in relearn.curves(found.scores).items():
+                    self.journal.metrics(after, values)
             self.journal.artifact(file.relative_to(self.folder))
             self.keeper.store(file.relative_to(self.folder).as_posix())
         progress.drop()

@@ -17,6 +17,8 @@ from gru_core.config.study import (
     FamilyConfig,
     OutputConfig,
     PrepareConfig,
+    QuantiseConfig,
+    RelearnConfig,
     RequestsConfig,
     SearchConfig,
     TrackConfig,
@@ -57,7 +59,6 @@ class RunConfig:
 
 __all__ = [
     "BenchmarkConfig", "BestConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig",
-    "PrepareConfig", "RectifyConfig", "RequestsConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig",
-    "TrainConfig",
-    "UnlearnConfig",
+    "PrepareConfig", "QuantiseConfig", "RectifyConfig", "RelearnConfig", "RequestsConfig", "RetainConfig", "RunConfig",
+    "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
 ]  # fmt: skip

@@ -35,6 +35,66 @@ class BestConfig:
 
 
 @dataclass(frozen=True)
+class RelearnConfig:
+    """How metrics ``relearn`` and ``relearn_retain`` fine-tune the model before they look again
+    (``gru_core/metrics/relearn.py``; protocol: arXiv 2406.13356, 2402.16835)."""
+
+    __pydantic_config__ = STRICT
+    share: float = 0.1
+    """relearn: share of the forget set that is learned again, in (0, 1]; subsets are nested by ``seed``."""
+    steps: int = 20
+    every: int = 5
+    """Steps between measurements (step 0 and the last step are always measured)."""
+    lr: float = 1e-5
+    """Constant rate of AdamW; 1e-5 is what TOFU's 7B models learned their facts with (arXiv 2401.06121), so that
+    forgetting is tried by what made the memory. Small models need more, as they do for unlearning."""
+    batch_size: int = 8
+    """Rows per step, over all workers."""
+    micro_batch: int | None = None
+    """Rows per forward pass on each worker; null: all of the worker's rows at once."""
+    seed: int = 0
+    """Chooses and orders the rows."""
+
+    def __post_init__(self) -> None:
+        share, micro = self.share, self.micro_batch
+        check(finite(share) and 0 < share <= 1, "evaluate.relearn.share", share, "above 0, at most 1")
+        for name in ("steps", "every", "batch_size"):
+            value = getattr(self, name)
+            check(value >= 1, f"evaluate.relearn.{name}", value, "a whole number from 1")
+        check(finite(self.lr) and self.lr > 0, "evaluate.relearn.lr", self.lr, "a number above 0")
+        check(micro is None or micro >= 1, "evaluate.relearn.micro_batch", micro, "null or a whole number from 1")
+        check(self.seed >= 0, "evaluate.relearn.seed", self.seed, "a whole number from 0")
+
+
+@dataclass(frozen=True)
+class QuantiseConfig:
+    """How metric ``quantise`` rounds the weights (``gru_core/metrics/quantise.py``; arXiv 2410.16454)."""
+
+    __pydantic_config__ = STRICT
+    bits: tuple[int, ...] = (8, 4)
+    """Bit widths to look at, each 2 to 8; bitsandbytes and torchao: 8 and 4."""
+    method: Literal["round_trip", "bitsandbytes", "torchao"] = "round_trip"
+    """``round_trip``: nearest of the evenly spaced values up to the largest weight; ``bitsandbytes``: its blockwise
+    8-bit and NF4 types; ``torchao``: its weight-only integers. The latter two where that package is installed."""
+    group_size: int | None = 128
+    """Weights of an output channel that share a scale; null: all of them (bitsandbytes: its own block size)."""
+
+    def __post_init__(self) -> None:
+        bits, method, group = self.bits, self.method, self.group_size
+        methods = ("round_trip", "bitsandbytes", "torchao")
+        check(method in methods, "evaluate.quantise.method", method, ", ".join(methods))
+        widths = range(2, 9) if method == "round_trip" else (4, 8)
+        ok = 0 < len(set(bits)) == len(bits) and set(bits) <= set(widths)
+        allowed = "each at most once of " + ", ".join(map(str, widths)) + f" with method {method}"
+        check(ok, "evaluate.quantise.bits", list(bits), allowed)
+        check(group is None or group >= 1, "evaluate.quantise.group_size", group, "null or a whole number from 1")
+        if method == "bitsandbytes":
+            blocks = [2**n for n in range(6, 13)]
+            allowed = "null, " + ", ".join(map(str, blocks)) + " with method bitsandbytes"
+            check(group is None or group in blocks, "evaluate.quantise.group_size", group, allowed)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured at every evaluation, and the two numbers that span the trade-off."""
 
@@ -64,6 +124,8 @@ class EvaluateConfig:
     best: BestConfig | None = None
     """Keep the best evaluated model too, in ``best`` beside ``model`` (a search: of each trial), such as
     ``{maximise: unlearning, at_least: 0.95}``; null: the last one only."""
+    relearn: RelearnConfig = field(default_factory=RelearnConfig)
+    quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
 
     def __post_init__(self) -> None:
         check(len(self.metrics) > 0, "evaluate.metrics", self.metrics, "at least one metric")

@@ -23,6 +23,8 @@ from gru_core.metrics import (
     membership,
     muse,
     probability,
+    quantise,
+    relearn,
     rouge,
     truth_ratio,
     utility,
@@ -57,7 +59,11 @@ METRICS: dict[str, Metric] = {
     **muse.METRICS,
 }
 
-MODEL_METRICS: dict[str, ModelMetric] = {}
+MODEL_METRICS: dict[str, ModelMetric] = {
+    "relearn": relearn.forget,
+    "relearn_retain": relearn.retain,
+    "quantise": quantise.metric,
+}
 
 
 def find(name: str) -> Metric | ModelMetric:
@@ -179,18 +185,20 @@ def evaluate(
     group = group or Group()
     chosen = {name: find(name) for name in requested(config, final)}
 
-    def over_rows(metrics: Mapping[str, Metric], kept: Progress | None, texts: bool = False) -> Evaluation:
+    def over_rows(
+        metrics: Mapping[str, Metric], data: Benchmark = benchmark, kept: Progress | None = None, texts: bool = False
+    ) -> Evaluation:
         needs = dict.fromkeys(need for metric in metrics.values() for need in metric.needs)
-        present = [need for need in needs if _lacks(need, benchmark, config.rows) is None]
-        found = measure.measure(model, tokenizer, benchmark, present, config, model_config, group, texts, kept)
+        present = [need for need in needs if _lacks(need, data, config.rows) is None]
+        found = measure.measure(model, tokenizer, data, present, config, model_config, group, texts, kept)
         return _compute(metrics, replace(found, convention=config.convention), reference)
 
-    def score(names: Sequence[str]) -> dict[str, float]:
-        return over_rows({name: METRICS[name] for name in names}, None).scores
+    def score(names: Sequence[str], data: Benchmark | None = None) -> dict[str, float]:
+        return over_rows({name: METRICS[name] for name in names}, data or benchmark).scores
 
     rows_kept = progress.within("rows") if progress else None
     over = {name: metric for name, metric in chosen.items() if isinstance(metric, Metric)}
-    found = over_rows(over, rows_kept, texts)
+    found = over_rows(over, benchmark, rows_kept, texts)
     scores = dict(found.scores)
     subject = Subject(model, tokenizer, benchmark, config, model_config, group, score)
     of_model = {name: metric for name, metric in chosen.items() if isinstance(metric, ModelMetric)}

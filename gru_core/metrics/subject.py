@@ -5,14 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import EvaluateConfig, ModelConfig
+from gru_core.errors import ConfigError
 from gru_core.metrics.base import Role
 from gru_core.parallel import Group
+
+
+class Score(Protocol):
+    """Scores of metrics over rows, by name, of the model as it stands; all ranks call it together."""
+
+    def __call__(self, names: Sequence[str], data: Benchmark | None = None) -> Mapping[str, float]:
+        """``data``: rows to take in place of the subject's own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class Subject:
 
     Attributes:
         model: as it trains: plain, in DDP or sharded.
-        score: scores of metrics over rows, by name, of the model as it stands; all ranks call it together.
+        score: metrics over rows of the model as it stands.
     """
 
     model: nn.Module
@@ -30,7 +39,7 @@ class Subject:
     config: EvaluateConfig
     model_config: ModelConfig
     group: Group
-    score: Callable[[Sequence[str]], Mapping[str, float]]
+    score: Score
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,18 @@ class ModelMetric:
     role: Role
     run: Callable[[Subject], Mapping[str, float]]
     check: Callable[[EvaluateConfig, Benchmark | None], None]
+
+
+def row_metrics(config: EvaluateConfig, asking: str) -> tuple[str, ...]:
+    """The study's forget metric, and its retention metric where that is one over rows: what :attr:`Subject.score`
+    gives, and metric ``asking`` looks at.
+
+    Raises:
+        ConfigError: the forget metric is not one over rows.
+    """
+    from gru_core.metrics import METRICS  # which imports the metrics that call this
+
+    if config.unlearning not in METRICS:
+        allowed = ", ".join(sorted(name for name, metric in METRICS.items() if metric.role == "forget"))
+        raise ConfigError("evaluate.unlearning", config.unlearning, f"{allowed} ({asking} measures it again)")
+    return (config.unlearning, *([config.retention] if config.retention in METRICS else []))
