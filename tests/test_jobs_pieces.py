@@ -60,7 +60,7 @@ def test_demo_is_submitted_as_the_search_that_it_is(study: Path) -> None:
     [
         ([], "unknown command for a job ''"),
         (["serch"], "did you mean 'search'"),
-        (["doctor"], "valid: demo, prepare, search, unlearn"),
+        (["doctor"], "valid: demo, prepare, requests, search, unlearn"),
         (["search", "--sett", "a=1"], "submit search: unrecognized arguments: --sett a=1"),
         (["prepare", "--resume"], "unrecognized arguments: --resume"),
         (["search", "-c"], "expected one argument"),

@@ -89,7 +89,7 @@ def test_the_resolved_config_is_valid_input_and_complete(tmp_path: Path) -> None
     assert yaml.safe_load(text)["model"]["path"] == "prepared"  # another reader reads it too
     sections = [line.rstrip(":") for line in text.splitlines() if re.fullmatch(r"\w+:", line)]
     assert sections == ["model", "benchmark", "unlearn", "rectify", "retain", "train", "evaluate", "prepare",
-                        "search", "track", "output"]  # fmt: skip
+                        "search", "requests", "track", "output"]  # fmt: skip
     assert "    unlearn.lr: {low: 1.0e-05, high: 0.001, log: true}" in text.splitlines()
 
 
