@@ -22,7 +22,7 @@ from gru_core.parallel import Group, current_group, unwrap
 from gru_core.placing import frozen, place
 from gru_core.rectify import RULES
 from gru_core.retain import build_retain_loss
-from pipelines import alive, inputs, settings, stopping
+from pipelines import alive, inputs, provenance, settings, stopping
 from pipelines.inputs import Shared
 from pipelines.journal import Journal, points
 from pipelines.keeper import Keeper
@@ -195,7 +195,8 @@ class _Work:
         inputs.store_baseline(self.baseline, self.folder / "baseline.json")
         self.journal = Journal(self.folder)
         scored = {"gru.include_scored": str(self.config.retain.include_scored).lower()}
-        self.journal.run(name, {"gru.benchmark": self.shared.benchmark.name} | scored | tags)
+        about = provenance.inputs(unwrap(self.model), self.shared.benchmark, self.config)
+        self.journal.run(name, {"gru.benchmark": self.shared.benchmark.name} | scored | about | tags)
         self.journal.params(self._params())
         self.journal.artifact("config.yaml")
         for line in self.keeper.notes:
@@ -246,6 +247,8 @@ class _Work:
             file.write_text(json.dumps(found.to_json() | {"trade_off": ends}))
             self.journal.metrics(step, {f"eval/{key}": value for key, value in self.scores.items()})
             self.journal.artifact(file.relative_to(self.folder))
+            if step == 0 and self.baseline.retain:
+                self.journal.metrics(0, {f"retain_model/{k}": v for k, v in self.baseline.retain.scores.items()})
             self.keeper.store(file.relative_to(self.folder).as_posix())
         self.report({"step": step, **ends})
 
