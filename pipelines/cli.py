@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipelines import console, exits, stopping
+from pipelines import cli_report, console, exits, stopping
 from pipelines.cli_evaluate import evaluate
 from pipelines.cli_submit import submit_app
 from pipelines.options import (
@@ -229,6 +229,7 @@ def frontier(
     _run(as_json, work, report.search)
 
 
+app.command(**_command("report"))(cli_report.report)
 app.command(**_command("evaluate"))(evaluate)
 app.add_typer(submit_app, name="submit")
 

@@ -17,6 +17,7 @@ EXAMPLES = {
     "unlearn": "gru unlearn -c demo --set rectify.strength=2 --output runs/one",
     "search": "gru search -c study.yaml --resume",
     "frontier": "gru frontier runs/demo",
+    "report": "gru report runs/one",
     "evaluate": "gru evaluate runs/one/model -c tofu_small --json",
     "export": "gru export runs/one --output models/one",
     "submit": "gru submit --address http://head:8265 -- search -c study.yaml",
