@@ -43,6 +43,7 @@ def run(
         InputError: no such run, search or point; an output that cannot be a file. Nothing was written.
         StorageError: the page cannot be written.
     """
+    say(f"reading {source}")
     read = report_source.read(source, tracking_uri)
     path = _target(output, read)
     document, pictures = describe(read, point, say)
@@ -134,8 +135,8 @@ def _models(source: Source, told: Told, say: Say) -> list[Document]:
         "Retain model, which never saw the rows to forget": params.get("retain_model"),
     }
     if not source.is_search and told.folder is not None:
-        name = "Unlearned adapter, which needs the starting model" if params.get("model.lora.rank") else "Unlearned model"
-        paths[name] = str(told.folder / "model")
+        adapter = "Unlearned adapter, which needs the starting model"
+        paths[adapter if params.get("model.lora.rank") else "Unlearned model"] = str(told.folder / "model")
     described = ((title, report_models.describe(str(path), say)) for title, path in paths.items() if path)
     return [{"title": title, **found} for title, found in described if found]
 
@@ -150,8 +151,8 @@ def _make(source: Source, told: Told, chosen: Mapping[str, Any] | None) -> Docum
     if short and schedule != "constant":
         return {
             "commands": [],
-            "note": f"No command ends at this step: the learning rate follows a {schedule} schedule over {steps} steps, "
-            "so that a shorter run takes other steps.",
+            "note": f"No command ends at this step: the learning rate follows a {schedule} schedule over {steps} "
+            "steps, so that a shorter run takes other steps.",
         }
     if told.folder is not None and (told.folder / "config.yaml").is_file():
         config, commands, note = str(told.folder / "config.yaml"), [], ""
@@ -198,7 +199,7 @@ def page(document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         loader=PackageLoader("pipelines"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"score": _score, "date": _date, "duration": _duration, "value": report.number}
+    environment.filters |= {"score": _score, "date": _date, "duration": _duration, "setting": _setting}
     environment.filters |= {"count": lambda n: f"{n:,}", "plain": report_text.plain, "percent": report_text.percent}
     assert environment.loader is not None
     style = Markup(environment.loader.get_source(environment, "report.css")[0])
@@ -217,8 +218,18 @@ def _score(value: float | None) -> str:
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
 
 
+def _setting(value: Any) -> str:
+    """A setting as YAML has it, in few digits; a share of 1.0 does not read as one row."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = report.number(value)
+    return f"{text}.0" if isinstance(value, float) and text.lstrip("-").isdigit() else text
+
+
 def _date(time_ms: int | None) -> str:
-    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC" if time_ms is not None else "not recorded"
+    if time_ms is None:
+        return "not recorded"
+    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _duration(seconds: float | None) -> str:

@@ -13,7 +13,7 @@ Series = Sequence[tuple[int, float]]
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F6B76"
 """Of Okabe and Ito's palette; dashes and markers differ as well."""
 FONT = 9.5
-RC = {
+RC: Any = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and printed sharp
     "svg.hashsalt": "gru",  # the same picture has the same bytes
     "text.parse_math": False,  # a name with dollars in it is a name
@@ -54,7 +54,7 @@ def svg(figure: Any, name: str, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", text.replace("xlink:href=", "href="))
     head, _, body = text.partition(">")
-    head = re.sub(r'\s(?:width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", head)  # HTML knows, and the page sizes it
+    head = re.sub(r'\s(?:width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", head)  # HTML knows; the page sizes it
     return f'{head} role="img" aria-label="{escape(alt)}">{body}'
 
 
@@ -68,11 +68,11 @@ def frontier(document: Mapping[str, Any], points: plots.Points, chosen: Mapping[
         if chosen:
             spot = (chosen["unlearning"], chosen["retention"])
             axes.scatter(*spot, s=190, facecolors="none", edgecolors=plots.INK, linewidths=1.5, zorder=5)
-            axes.annotate(
-                "chosen", spot, xytext=(11, 11), textcoords="offset points", color=plots.INK, fontweight="bold",
-            )  # fmt: skip
+            label = {"xytext": (11, 11), "textcoords": "offset points", "color": plots.INK, "fontweight": "bold"}
+            axes.annotate("chosen", spot, **label)
     found = ", ".join(f"{name} {row['hypervolume']:.3f}" for name, row in document["families"].items())
-    return svg(figure, "frontier", f"Retention against unlearning, one mark for each evaluated step. Hypervolume: {found}.")
+    alt = f"Retention against unlearning, a mark for each evaluated step. Hypervolume: {found}."
+    return svg(figure, "frontier", alt)
 
 
 def scores(series: Mapping[str, Series], chosen: int | None) -> str:
@@ -103,6 +103,7 @@ def losses(series: Mapping[str, Series], chosen: int | None) -> str:
         values = [value for name in drawn for _, value in series[name]]
         if values and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _mark(axes, chosen)
         axes.set(xlabel="step", ylabel="loss")
         _legend(figure, axes)

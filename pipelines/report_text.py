@@ -86,8 +86,8 @@ _EXISTS = (
     "deletes them; this report says nothing about them. A tokenizer that was trained on the data keeps its words."
 )
 _NO_RETAIN = (
-    "There was no model that never saw the rows to forget to compare with. An unlearning score of 1 then means that the "
-    "forget metric is 0, which such a model need not have."
+    "There was no model that never saw the rows to forget to compare with. An unlearning score of 1 then means that "
+    "the forget metric is 0, which such a model need not have."
 )
 _SCORED_TRAINED = (
     "The rows that score what is kept were also trained on to keep it (retain.include_scored, as published protocols "
@@ -127,6 +127,6 @@ def _sure(told: Told, found: Document | None) -> str:
 
 
 def verdict(found: Document) -> str:
-    """One sentence on whether rectification helped."""
+    """One sentence on whether rectification helped; empty where there are too few runs to say so."""
     few = min((row["trials"] for row in found["families"].values()), default=0)
-    return report.best(found["hypervolume"], few, found["comparable"])
+    return report.best(found["hypervolume"], few, found["comparable"]) if few >= FEW else ""

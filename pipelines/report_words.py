@@ -51,7 +51,7 @@ SCORES: dict[str, Words] = {
         "overdone stands out as much as one that remembers.",
         AS_RETAIN,
     ),
-    "retain_truth_ratio": Words("How clearly the model prefers right answers to wrong ones on the rows to keep.", HIGHER),
+    "retain_truth_ratio": Words("How clearly right answers are preferred to wrong ones on the rows to keep.", HIGHER),
     "model_utility": Words("One number for the abilities that are to stay (harmonic mean of up to nine).", HIGHER),
     "forget_quality": Words(
         "Whether answers to the rows to forget could come from a model that never saw them: the p-value of a test, "
@@ -119,7 +119,7 @@ STATUS = {
         "lost what it was to keep. That is a result; such a model is not one to use.",
     ),
     "non_finite": ("failed: not a number", "It ended early, at a loss that was no finite number."),
-    "stopped": ("stopped", "It was stopped before its end and can go on (--resume). What stands here is its last state."),
+    "stopped": ("stopped", "It was stopped before its end and can go on (--resume). Its last state stands here."),
     "failed": ("failed", "It failed before its end. What stands here is what had been recorded."),
 }
 RUNNING = ("not ended", "It had not ended when this report was made. What stands here is what had been recorded.")
