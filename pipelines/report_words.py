@@ -29,7 +29,7 @@ def _pairs() -> dict[str, Words]:
     texts = {
         "probability": "The probability that the model gives to the right answers to {}, averaged per token.",
         "rouge": "The share of the right answer that the model reproduces when it is asked about {} (ROUGE-L recall).",
-        "extraction_strength": "The share of each answer to {} that the model completes by itself, once given its beginning.",
+        "extraction_strength": "The share of each answer to {} that the model completes itself, given its beginning.",
         "exact_memorization": "The share of the tokens of the answers to {} that the model would pick itself.",
     }
     own = ("extraction_strength", "exact_memorization")

@@ -23,9 +23,9 @@ ROWS = {"forget": 40, "retain": 3600, "retain.trained": 400, "scored.forget": 40
 
 
 def write_run(
-    folder: Path, *, name: str = "a run", robust: bool = False, status: str | None = "finished", notes: tuple[str, ...] = (),
-    steps: int = 20, evaluated: bool = True, tags: dict[str, str] | None = None, values: dict[str, Any] | None = None,
-    retain: bool = True,
+    folder: Path, *, name: str = "a run", robust: bool = False, status: str | None = "finished",
+    notes: tuple[str, ...] = (), steps: int = 20, evaluated: bool = True, tags: dict[str, str] | None = None,
+    values: dict[str, Any] | None = None, retain: bool = True,
 ) -> Path:  # fmt: skip
     """Scores at step 0 and at the end, losses at every step, gradients in conflict at every fourth."""
     given = {"unlearn.steps": 20, "unlearn.lr": 3e-4, "retain.size": 400, "retain_model": "owner/retain"}
@@ -87,8 +87,8 @@ class Page(HTMLParser):
             self._rows.append([])
         elif tag in ("td", "th"):
             self._rows[-1].append("")
-        elif tag == "data":
-            self._rows and self._rows[-1] and self._put(f"={given['value']} ")
+        elif tag == "data" and self._rows:  # in a table
+            self._put(f"={given['value']}")
         if tag not in self.VOID:
             self._open.append(tag)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,8 +36,11 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def made(folder: Path, **options: Any) -> tuple[dict[str, Any], Page]:
-    document = report_page.run(str(folder), say=options.pop("say", lambda line: None), **options)
+def made(folder: Path, *, drawn: bool = False, **options: Any) -> tuple[dict[str, Any], Page]:
+    """The document and the page of a folder; without its pictures, which take most of the time, unless they matter."""
+    given = {"say": lambda line: None} | options
+    with contextlib.nullcontext() if drawn else mock.patch.object(report_page, "_pictures", return_value={}):
+        document = report_page.run(str(folder), **given)
     return document, Page(Path(document["report"]).read_text(encoding="utf-8"))
 
 
@@ -64,7 +70,7 @@ def test_every_score_stands_in_the_page_before_after_and_of_the_retain_model(tmp
 
 
 def test_rows_settings_and_conflicts_are_those_of_the_record(tmp_path: Path) -> None:
-    document, page = made(write_run(tmp_path / "run", steps=20))
+    document, page = made(write_run(tmp_path / "run"), drawn=True)
     rows = page.table("Rows of data")[1:]
     assert [row[1] for row in rows] == ["40", "3,600", "400", "40", "41"]
     assert [row[2] for row in rows] == [
@@ -101,7 +107,7 @@ def test_every_metric_has_words_of_its_own() -> None:
 
 
 def test_robustness_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
-    document, page = made(write_run(tmp_path / "run", robust=True))
+    document, page = made(write_run(tmp_path / "run", robust=True), drawn=True)
     found = document["robustness"]
     end = END["extraction_strength"]
     assert found["curves"] == {
@@ -177,7 +183,7 @@ def test_notes_and_what_weakens_the_numbers_are_said(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    _, page = made(write_run(tmp_path / "run", robust=True))
+    _, page = made(write_run(tmp_path / "run", robust=True), drawn=True)
     assert "http" not in re.sub(r"https?</", "", page.source)
     assert not {"script", "link", "iframe", "img", "object", "embed", "form"} & {tag for tag, _ in page.tags}
     for _, attrs in page.tags:
@@ -191,11 +197,11 @@ def test_the_page_needs_nothing_and_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_the_page_can_be_read_aloud(tmp_path: Path) -> None:
-    _, page = made(write_run(tmp_path / "run", robust=True))
+    _, page = made(write_run(tmp_path / "run", robust=True), drawn=True)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     pictures = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(pictures) == 6
     assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 30 for attrs in pictures)
@@ -212,7 +218,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
         values={"model.path": HOSTILE[:-801].replace("\ud800", ""), "model.chat_date": "</pre><script>x</script>"},
         robust=True,
     )  # fmt: skip
-    _, page = made(folder)
+    _, page = made(folder, drawn=True)
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert page.text.count("<script>alert(1)</script>") >= 4
     assert "{{ 7*7 }}" in page.text
@@ -233,10 +239,10 @@ def test_secrets_of_a_config_are_not_shown(tmp_path: Path) -> None:
 
 def test_the_same_records_give_the_same_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path / "run", robust=True)
-    _, first = made(folder, output=str(tmp_path / "a.html"))
+    _, first = made(folder, output=str(tmp_path / "a.html"), drawn=True)
     monkeypatch.setattr("time.time", lambda: 4e9)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
-    _, second = made(folder, output=str(tmp_path / "b.html"))
+    _, second = made(folder, output=str(tmp_path / "b.html"), drawn=True)
     assert first.source == second.source
 
 
@@ -347,6 +353,7 @@ def test_rows_are_named_by_hashes_that_others_can_compute(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------ MLflow
 
 
+@pytest.mark.slow
 def test_a_run_from_mlflow_alone_reads_as_from_its_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", robust=True, notes=("started again, from step 4 on", "and once more"))
     delivery = Delivery(Mlflow(empty_store(tmp_path / "mlflow.db")), "study")
