@@ -48,8 +48,6 @@ def run(
     path = _target(output, read)
     document, pictures = describe(read, point, say)
     _write(path, page(document, pictures))
-    for note in read.found.notes:
-        say(note)
     return {**document, "report": str(path), "in_mlflow": _publish(read, path, say)}
 
 
@@ -134,7 +132,7 @@ def _models(source: Source, told: Told, say: Say) -> list[Document]:
         "Starting model": params.get("model.path"),
         "Retain model, which never saw the rows to forget": params.get("retain_model"),
     }
-    if not source.is_search and told.folder is not None:
+    if not source.is_search and told.folder is not None and (told.folder / "model").is_dir():
         adapter = "Unlearned adapter, which needs the starting model"
         paths[adapter if params.get("model.lora.rank") else "Unlearned model"] = str(told.folder / "model")
     described = ((title, report_models.describe(str(path), say)) for title, path in paths.items() if path)
@@ -275,7 +273,12 @@ def _write(path: Path, text: str) -> None:
 def _publish(source: Source, path: Path, say: Say) -> bool:
     """Whether the page is an artifact of the MLflow run; a store that is away costs a line, not the page."""
     found = source.found
-    if found.store is None or found.run_id is None:
+    if found.store is None:
+        for note in found.notes:
+            say(note)
+        return False
+    if found.run_id is None:
+        say(f"the {'search' if source.is_search else 'run'} is not in MLflow at {hide(found.uri)}, nor is the report")
         return False
     try:
         found.store.upload(found.run_id, path)

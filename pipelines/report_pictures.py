@@ -38,7 +38,9 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    axes.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
+    return figure, axes
 
 
 def svg(figure: Any, name: str, alt: str) -> str:

@@ -41,9 +41,17 @@ def lead(told: Told, step: int | None, found: Document | None) -> list[str]:
         )
     elif step is None:
         lines.append("The run was not evaluated yet, so that nothing can be said.")
+    if told.record.status in ("collapsed", "non_finite"):
+        lines.append(f"{'That' if found is not None else 'The'} run {_ENDED[told.record.status]}")
     if step is not None:
         lines.append(_result(told, step))
     return lines
+
+
+_ENDED = {
+    "collapsed": "collapsed: it lost what it was to keep, and ended early. Its model is not one to use.",
+    "non_finite": "ended early, at a loss that was no finite number.",
+}
 
 
 def _result(told: Told, step: int) -> str:
