@@ -34,12 +34,15 @@ RC: Any = {
 }
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float, steps: bool = True) -> tuple[Any, Any]:
+    """A figure of a size in inches and its axes, whose lower one counts steps, or names bars."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
+    if steps:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
 
 
@@ -159,7 +162,7 @@ def few_bits(found: Mapping[str, Any]) -> str:
     bars = [("as trained", found["end"])] if found["end"] is not None else []
     bars += [(f"{bits} bit", value) for bits, value in found["bits"]]
     with rc_context(RC):
-        figure, axes = _axes(7.2, 2.5)
+        figure, axes = _axes(7.2, 2.5, steps=False)
         drawn = axes.bar([name for name, _ in bars], [value for _, value in bars], width=0.5, color=ORANGE)
         axes.bar_label(drawn, fmt="%.3f", padding=2)
         _levels(axes, found)

@@ -360,10 +360,10 @@ def test_a_run_from_mlflow_alone_reads_as_from_its_folder(tmp_path: Path) -> Non
     delivery = Delivery(Mlflow(empty_store(tmp_path / "mlflow.db")), "study")
     deliver_all(delivery, folder)
     run_id = remembered(folder)["run_id"]
-    local, _ = made(folder, tracking_uri=delivery.store.uri)
+    local, _ = made(folder, tracking_uri=delivery.store.uri, drawn=True)
     assert local["in_mlflow"]
     assert "report.html" in [each.path for each in delivery.store.client.list_artifacts(run_id)]
-    remote, page = made(Path(run_id), tracking_uri=delivery.store.uri)
+    remote, page = made(Path(run_id), tracking_uri=delivery.store.uri, drawn=True)
     assert remote["report"] == "report-a-run.html"
     assert remote["in_mlflow"]
     same = ("lead", "data", "settings", "scores", "robustness", "course", "limits", "parameters", "point", "step")
