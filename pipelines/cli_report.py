@@ -20,7 +20,7 @@ def report(
     ] = None,
     tracking_uri: TrackingOption = None, as_json: JsonOption = False, verbose: VerboseOption = False,
 ) -> None:  # fmt: skip
-    """One page for people who were not there: what was forgotten, at what cost."""
+    """A page on a run or a search, for people who were not there."""
     console.quiet(verbose)
 
     def work(say: console.Say) -> dict[str, Any]:
