@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipelines import cli_config, console, exits, stopping
+from pipelines import cli_config, cli_report, console, exits, stopping
 from pipelines.cli_evaluate import evaluate
 from pipelines.cli_requests import requests
 from pipelines.cli_submit import submit_app
@@ -209,6 +209,7 @@ def frontier(
 
 
 app.command(**_command("requests"))(requests)
+app.command(**_command("report"))(cli_report.report)
 app.command(**_command("evaluate"))(evaluate)
 app.add_typer(submit_app, name="submit")
 

@@ -19,7 +19,7 @@ PACKAGE = "gru-unlearning"
 LIBRARIES = (
     "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets", "peft", "ray", "mlflow", "optuna",
     "moocore", "pyarrow", "scipy", "rouge-score", "typer", "rich", "pydantic", "pyyaml", "plotly", "matplotlib",
-    "pandas",
+    "pandas", "jinja2",
 )  # fmt: skip
 """What a full installation has; checked by name where the package's own metadata is not installed."""
 GIB = 2**30

@@ -18,6 +18,7 @@ EXAMPLES = {
     "search": "gru search -c study.yaml --resume",
     "requests": "gru requests -c muse_news_sustainability --output runs/requests",
     "frontier": "gru frontier runs/demo",
+    "report": "gru report runs/one",
     "evaluate": "gru evaluate runs/one/model -c tofu_small --json",
     "export": "gru export runs/one --output models/one",
     "submit": "gru submit --address http://head:8265 -- search -c study.yaml",

@@ -52,10 +52,15 @@ def legend(family: str, row: Mapping[str, Any]) -> str:
 
 def png(document: Mapping[str, Any], points: Points, path: Path) -> None:
     """Draws the frontier of each family over all evaluated points."""
+    draw(document, points).savefig(path, metadata={"Software": None})
+
+
+def draw(document: Mapping[str, Any], points: Points, size: tuple[float, float] = (8, 6), title: bool = True) -> Any:
+    """The frontier of each family over all evaluated points, as a matplotlib figure of a size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     styles = style(list(document["families"]))
@@ -77,14 +82,15 @@ def png(document: Mapping[str, Any], points: Points, path: Path) -> None:
     across, up = labels(document)
     axes.set(xlabel=across, ylabel=up, xlim=(-0.02, 1.03), ylim=(-0.02, 1.05))
     warning = "" if document["comparable"] else "\nbudgets differ: hypervolumes not comparable"
-    title = f"Forgetting against retention: {document['search']}{warning}"
-    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
+    if title:
+        heading = f"Forgetting against retention: {document['search']}{warning}"
+        axes.set_title(heading, loc="left", color=INK, fontsize=12, pad=10)
     axes.grid(color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 def _knee(knee: Mapping[str, Any]) -> str:

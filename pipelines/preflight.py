@@ -34,7 +34,7 @@ MODULES = {
     name: name
     for name in (
         "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets", "peft", "ray", "mlflow", "optuna",
-        "moocore", "scipy", "typer", "rich", "pydantic", "plotly", "matplotlib", "pandas", "pyarrow",
+        "moocore", "scipy", "typer", "rich", "pydantic", "plotly", "matplotlib", "pandas", "pyarrow", "jinja2",
     )
 } | {"rouge_score": "rouge-score", "yaml": "pyyaml"}  # fmt: skip
 """Import name to the name under which it is installed."""

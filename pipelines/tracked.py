@@ -42,11 +42,27 @@ def gather(source: str, tracking_uri: str | None, *, sync: bool, say: Say) -> Fo
     """Finds a search by its folder, or by id or name of its MLflow run, and reads its trials.
 
     MLflow is read first. Where it cannot be reached, or holds fewer evaluations than the folder's journals,
-    the journals are read, and a note says so. A single run counts as a search of one trial. Of one in shared storage
-    (``s3://bucket/folder``) the records are copied to ``frontier-FOLDER`` in the working folder first.
+    the journals are read, and a note says so. A single run counts as a search of one trial.
 
     Raises:
-        InputError: no such search, or a store that cannot be reached and is needed.
+        InputError: as :func:`locate`.
+    """
+    found = locate(source, tracking_uri, sync=sync, say=say)
+    if found.store is not None and found.run_id is not None:
+        found.records, found.time_ms = _read(found.store, found.run_id)
+    if found.folder is not None:
+        _complete(found)
+    return found
+
+
+def locate(source: str, tracking_uri: str | None, *, sync: bool, say: Say) -> Found:
+    """Finds a run or a search by its folder, or by id or name of its MLflow run; reads no trials.
+
+    Of one in shared storage (``s3://bucket/folder``) the records are copied to ``frontier-FOLDER`` in the working
+    folder first.
+
+    Raises:
+        InputError: there is none, or a store that cannot be reached and is needed.
     """
     folder = _copied(source) if "://" in source else Path(source)
     if not (folder / journal.NAME).is_file():
@@ -64,9 +80,6 @@ def gather(source: str, tracking_uri: str | None, *, sync: bool, say: Say) -> Fo
             raise
         found.store = None
         found.notes.append(f"{error}: read from the journals in {folder}")
-    if found.store is not None and found.run_id is not None:
-        found.records, found.time_ms = _read(found.store, found.run_id)
-    _complete(found)
     return found
 
 
@@ -89,9 +102,7 @@ def _from_name(source: str, uri: str) -> Found:
         raise InputError(f"no search folder {source!r}, and no MLflow database {file}")
     store = Mlflow(uri)
     run_id = store.find(source)
-    records, time_ms = _read(store, run_id)
-    name = store.record(run_id)[0].name
-    return Found(name, uri, None, store, run_id, records, time_ms)
+    return Found(store.record(run_id)[0].name, uri, None, store, run_id)
 
 
 def _track(folder: Path, given: str | None) -> TrackConfig:

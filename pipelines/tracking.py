@@ -164,6 +164,11 @@ class Mlflow:
         record = journal.Record(run.info.run_name, tags, params, dict(sorted(metrics.items())), tags.get("gru.status"))
         return record, last
 
+    def times(self, run_id: str) -> tuple[int | None, int | None]:
+        """Start and end of a run, milliseconds since 1970; None where it has none yet."""
+        info = self.client.get_run(run_id).info
+        return info.start_time, info.end_time
+
     def log(
         self,
         run_id: str,

@@ -20,9 +20,8 @@ from gru_core.metrics import Baseline, Evaluation, Progress, evaluate, relearn, 
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, current_group, unwrap
 from gru_core.placing import frozen, place
-from gru_core.rectify import RULES
 from gru_core.retain import build_retain_loss
-from pipelines import alive, best, inputs, settings, stopping
+from pipelines import alive, best, inputs, provenance, settings, stopping
 from pipelines.inputs import Shared
 from pipelines.journal import Journal, points
 from pipelines.keeper import Keeper
@@ -188,8 +187,9 @@ class _Work:
         inputs.store_baseline(self.baseline, self.folder / "baseline.json")
         self.journal = Journal(self.folder)
         scored = {"gru.include_scored": str(self.config.retain.include_scored).lower()}
-        self.journal.run(name, {"gru.benchmark": self.shared.benchmark.name} | scored | tags)
-        self.journal.params(self._params())
+        about = provenance.inputs(unwrap(self.model), self.shared.benchmark, self.config)
+        self.journal.run(name, {"gru.benchmark": self.shared.benchmark.name} | scored | about | tags)
+        self.journal.params(provenance.params(self.config))
         self.journal.artifact("config.yaml")
         for line in self.keeper.notes:
             self.journal.note(line)
@@ -206,12 +206,6 @@ class _Work:
         if self.journal.continued:
             workers = f" with {self.group.size} workers" if self.group.size > 1 else ""
             self.journal.note(f"started again{workers}, from step {run.start} on")
-
-    def _params(self) -> dict[str, Any]:
-        """The config, flat, less the settings of ``rectify`` that the chosen rule does not read."""
-        read = {"rule", *RULES[self.config.rectify.rule](self.config.rectify).uses}
-        flat = settings.flat(self.config)
-        return {k: v for k, v in flat.items() if not k.startswith("rectify.") or k.split(".")[1] in read}
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.journal:
@@ -243,6 +237,8 @@ class _Work:
                 for after, values in relearn.curves(found.scores).items():
                     self.journal.metrics(after, values)
             self.journal.artifact(file.relative_to(self.folder))
+            if step == 0 and self.baseline.retain:
+                self.journal.metrics(0, {f"retain_model/{k}": v for k, v in self.baseline.retain.scores.items()})
             self.keeper.store(file.relative_to(self.folder).as_posix())
         progress.drop()
         if self.best.takes(step, ends):

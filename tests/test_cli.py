@@ -22,7 +22,7 @@ from pipelines import cli, console, demo, exits, report, settings
 from pipelines.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "doctor", "prepare", "unlearn", "search", "frontier", "submit", "ui")
+COMMANDS = ("demo", "doctor", "prepare", "unlearn", "search", "frontier", "report", "submit", "ui")
 
 
 @dataclass(frozen=True)
