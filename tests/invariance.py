@@ -53,7 +53,6 @@ class Layout:
 ALL = [
     Layout(1, micro=3), Layout(2), Layout(2, micro=2), Layout(4), Layout(4, micro=1),
     Layout(2, "fsdp"), Layout(2, "fsdp", micro=2), Layout(4, "fsdp"), Layout(4, "fsdp", micro=2),
-    Layout(2, "fsdp", offload=True),
 ]  # fmt: skip
 LAYOUTS = [Layout(1, micro=3), Layout(2), Layout(4, micro=1), Layout(2, "fsdp", micro=2), Layout(4, "fsdp")]
 FEWER = [Layout(2, micro=3), Layout(2, "fsdp", micro=3), Layout(4, "fsdp")]
