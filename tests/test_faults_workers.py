@@ -129,7 +129,8 @@ def test_a_full_disk_is_not_tried_again_and_resumes_and_a_full_object_store_cost
     import numpy as np
     import ray
 
-    kept = [ray.get(ray.put(np.ones(2_000_000))) for _ in range(8)]  # 16 MB each: more than there is room for
+    kept = [ray.put(np.ones(2_000_000)) for _ in range(8)]  # 16 MB each: more than there is room for
+    used = [ray.get(each) for each in kept]
     folder = tmp_path / "run"
     plan = [Fault("checkpoint", 8, how="full")]
     given = ("train.workers=2", "train.max_failures=3")
@@ -142,7 +143,7 @@ def test_a_full_disk_is_not_tried_again_and_resumes_and_a_full_object_store_cost
     assert faults.same_result(calm, folder)
     faults.each_once(folder, 12, [0, 6, 12])
     faults.tracked_once(folder, 12, faults.store_of(study))
-    assert all(each.sum() == 2_000_000 for each in kept)
+    assert all(each.sum() == 2_000_000 for each in used)
 
 
 def test_the_number_of_workers_changes_between_stop_and_resume(
