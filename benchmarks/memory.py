@@ -32,6 +32,9 @@ from gru_core.batch import TokenRow
 from gru_core.blocks import checkpoint_activations
 from gru_core.config import LoraConfig, ModelConfig, RectifyConfig, RetainConfig, RunConfig, TrainConfig, UnlearnConfig
 from gru_core.losses import Rows
+from gru_core.metrics.forced import teacher_forced
+from gru_core.metrics.generate import greedy
+from gru_core.metrics.scorer import Scorer
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group
 from gru_core.step import Step
@@ -47,7 +50,10 @@ TINY = SMALL | {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 
 
 @dataclass(frozen=True)
 class Case:
-    """One run to measure: ``rows`` of ``tokens`` tokens in each stream, over all workers."""
+    """One run to measure: ``rows`` of ``tokens`` tokens in each stream, over all workers.
+
+    ``evaluated``: rows in an evaluation batch behind the steps, 0: none; ``generated`` tokens for each, 0: none.
+    """
 
     shape: str = "small"
     rows: int = 8
@@ -60,6 +66,8 @@ class Case:
     checkpointing: bool = False
     strategy: str = "ddp"
     workers: int = 1
+    evaluated: int = 0
+    generated: int = 0
 
     def config(self) -> RunConfig:
         lora = LoraConfig() if self.lora else None
@@ -95,6 +103,9 @@ CASES = {
     "lora, kl, checkpointing": Case(lora=True, retain_loss="kl", checkpointing=True),
     "ddp, 2 workers": Case(workers=2),
     "fsdp, 2 workers": Case(workers=2, strategy="fsdp"),
+    "evaluation": Case(micro_batch=2, evaluated=64),
+    "evaluation, bfloat16": Case(micro_batch=2, evaluated=64, dtype="bfloat16"),
+    "evaluation, generating": Case(micro_batch=2, evaluated=32, generated=64),
 }
 
 
@@ -105,8 +116,9 @@ def predict(case: Case) -> cost.Memory:
     cast = case.strategy == "fsdp" and case.dtype != "float32"
     rows = -(-case.rows // case.workers)
     work = cost.Work(
-        case.workers, rows, min(rows, case.micro_batch or rows), case.tokens, case.tokens - case.tokens // 4, 0, 0
-    )
+        case.workers, rows, min(rows, case.micro_batch or rows), case.tokens, case.tokens - case.tokens // 4,
+        case.evaluated, case.generated,
+    )  # fmt: skip
     kept = size.saved(settings, config.model, case.tokens, cast)
     return cost.memory(size.shape(settings, config.model), kept, config, work, plan)
 
@@ -151,6 +163,23 @@ def steps(case: Case, group: Group, count: int = 2) -> None:
     step = Step(wrapped, config, build_objective(config.unlearn), forget, retain, group, frozen)
     for number in range(count):
         step(number)
+    if case.evaluated:
+        evaluate(case, model, group)
+
+
+def evaluate(case: Case, model: nn.Module, group: Group) -> None:
+    """What is measured at an evaluation: answers under teacher forcing, then generations that nothing ends."""
+    rows = token_rows(replace(case, rows=case.evaluated), 3)
+    half = torch.autocast(group.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
+    model.eval()
+    with half, parallel.lockstep(model, group) as forward:
+        scorer = Scorer(model, forward, group.device)
+        teacher_forced(scorer, rows, set(), 0, case.evaluated)
+        if case.generated:
+            prompts = [row.ids for row in rows]
+            greedy(
+                scorer, prompts, stop=(), pad_id=0, max_new_tokens=case.generated, batch_rows=case.evaluated
+            )  # fmt: skip
 
 
 def measure(case: Case, group: Group) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gru_core.config import RunConfig
+from gru_core.logprobs import ELEMENTS
 from gru_core.rectify import build_rule
 from gru_core.size import Saved, Shape
 
@@ -201,11 +202,15 @@ def _unsharded(shape: Shape, size: Bytes, copies: bool) -> int:
 
 
 def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan) -> int:
-    """Most bytes of an evaluation batch, its rows as long as the rows that train: logits, or the key-value cache."""
+    """Most bytes of an evaluation batch, its rows as long as the rows that train: logits from the token before the
+    answer on and a slice of them in float32, or the key-value cache."""
     B, T = work.evaluated, work.tokens
     copies = shape.layers * saved.block_fixed + saved.rest_fixed  # autocast's cache
     inner = B * T * (3 * shape.intermediate + 2 * shape.hidden) * size.compute
-    forced = _logits(shape, size, B, T, work.answer)[0]
+    kept = min(T, work.answer + 1) if shape.trims else T
+    at_once = min(B * work.answer * shape.vocabulary, max(ELEMENTS, shape.vocabulary))
+    # of a slice: itself, its float32 copy where it is bf16, and its log-softmax
+    forced = size.compute * B * kept * shape.vocabulary + at_once * (size.compute + (4 if size.compute < 4 else 0) + 4)
     cache = B * (T + work.generated) * shape.cache * size.compute if work.generated else 0
     return copies + max(forced, cache + inner)
 

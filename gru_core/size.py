@@ -21,6 +21,7 @@ from gru_core import adapters, models
 from gru_core.blocks import blocks
 from gru_core.config import ModelConfig
 from gru_core.errors import InputError
+from gru_core.metrics.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Shape:
         head_trained: whether the output head has a gradient.
         vocabulary, hidden, width, intermediate: V, D, attention heads x head size, width of the feed-forward part.
         cache: key and value elements that generation keeps for a token, over all layers.
+        trims: whether the model can leave out the logits of positions before an answer.
     """
 
     parameters: int
@@ -52,6 +54,7 @@ class Shape:
     width: int
     intermediate: int
     cache: int
+    trims: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def shape(config: Any, settings: ModelConfig) -> Shape:
         width=heads * head_dim,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         cache=2 * len(units) * (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        trims=Scorer.of(model).takes("logits_to_keep"),
     )
 
 

@@ -163,10 +163,11 @@ def struck(marks: Path) -> set[str]:
 # ------------------------------------------------------------------------------------------ what must be true
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    """Bit for bit."""
+def same_result(one: Path, other: Path) -> bool:
+    """Bit for bit: the weights, and every value that was tracked on the way."""
     a, b = final_weights(one), final_weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    weights = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return weights and journal.load(one).metrics == journal.load(other).metrics
 
 
 def distance(one: Path, other: Path, start: Path) -> float:
@@ -199,14 +200,17 @@ def tracked(folder: Path, store: str) -> Any:
 
 
 def tracked_once(folder: Path, steps: int, store: str) -> None:
-    """The same in MLflow: one run, each point once."""
+    """The same in MLflow: one run, and all points of its journal, each once and with its value."""
     from mlflow import MlflowClient
 
     run, client = tracked(folder, store), MlflowClient(store)
     assert run.info.status == "FINISHED"
-    for key in ("train/lr", "train/forget_loss"):
-        history = [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
-        assert history == list(range(1, steps + 1))
+    written = sorted(journal.load(folder).metrics.items())
+    assert [step for step, values in written if "train/lr" in values] == list(range(1, steps + 1))
+    assert run.data.metrics.keys() == {key for _, values in written for key in values}
+    for key in run.data.metrics:
+        history = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
+        assert history == [(step, values[key]) for step, values in written if key in values], key
     mine = f"tags.`{KEY}` = '{(journal.head(folder) or {})['key']}'"
     assert len(client.search_runs([run.info.experiment_id], mine)) == 1
 

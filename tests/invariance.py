@@ -37,14 +37,17 @@ WORKERS = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How the global batch is spread; ``micro``: rows per forward pass on each worker, None: all at once."""
+    """How the global batch is spread; ``micro``: rows per forward pass on each worker, None: all at once;
+    ``offload``: shards rest in host memory."""
 
     workers: int
     strategy: str = "ddp"
     micro: int | None = None
+    offload: bool = False
 
     def __str__(self) -> str:
-        return f"{self.workers} x {self.strategy}" + (f", micro-batch {self.micro}" if self.micro else "")
+        micro = f", micro-batch {self.micro}" if self.micro else ""
+        return f"{self.workers} x {self.strategy}{micro}" + (", CPU offload" if self.offload else "")
 
 
 ALL = [
@@ -53,11 +56,13 @@ ALL = [
 ]  # fmt: skip
 LAYOUTS = [Layout(1, micro=3), Layout(2), Layout(4, micro=1), Layout(2, "fsdp", micro=2), Layout(4, "fsdp")]
 FEWER = [Layout(2, micro=3), Layout(2, "fsdp", micro=3), Layout(4, "fsdp")]
+HOST = [Layout(2, "fsdp", micro=3, offload=True)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell: what is run. ``batch``: 10 rows on 4 workers are shares of 3, 3, 2 and 2."""
+    """One cell: what is run. ``batch``: 10 rows on 4 workers are shares of 3, 3, 2 and 2; ``cancels``: the rows to
+    keep are those to forget, and 99 % of every gradient is removed."""
 
     objective: str
     rule: str
@@ -66,20 +71,26 @@ class Case:
     batch: int = 10
     forget: int = 12
     checkpointing: bool = False
+    cancels: bool = False
 
     def config(self, layout: Layout, folder: str, lr: float = 1e-3) -> RunConfig:
         base = small.config(
             STEPS, objective=self.objective, lr=lr, batch_size=self.batch, evaluate_every=STEPS,
             train={
                 "strategy": layout.strategy, "workers": layout.workers, "micro_batch": layout.micro,
+                "cpu_offload": layout.offload,
                 "activation_checkpointing": self.checkpointing and layout.workers > 1,
             },
         )  # fmt: skip
         lora = LoraConfig(rank=2) if self.lora else None
         return replace(
-            base, model=ModelConfig(path=folder, lora=lora), rectify=_rectify(self.rule),
+            base, model=ModelConfig(path=folder, lora=lora), rectify=_NEARLY if self.cancels else _rectify(self.rule),
             retain=RetainConfig(loss=self.retain),
         )  # fmt: skip
+
+
+_NEARLY = RectifyConfig(strength=0.99, ema=1.0)
+"""Where the gradients are opposite: what is left is measured, since the Gram matrix has lost its digits."""
 
 
 def _rectify(rule: str) -> RectifyConfig:
@@ -105,6 +116,9 @@ def matrix() -> Iterator[tuple[Case, list[Layout]]]:
                 yield Case("ga", rule, retain, lora=True), FEWER
     yield Case("npo", "gru", forget=1), LAYOUTS  # ranks without a row to measure the reference on
     yield Case("npo", "gru", batch=4, checkpointing=True), LAYOUTS
+    yield Case("ga", "gru", batch=12, cancels=True), [Layout(2), Layout(2, "fsdp"), Layout(4, "fsdp", micro=2)]
+    yield Case("npo", "gru", "kl", checkpointing=True), HOST  # two models, both in host memory
+    yield Case("npo", "gru", "kl", lora=True, checkpointing=True), HOST
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,7 @@ def _run(case: Case, layout: Layout, group: Group, folder: str, dtype: torch.dty
     # diverges multiplies every rounding error
     config = case.config(layout, folder, (2e-3 if case.lora else 0.02) if sgd else 1e-3)
     rows = small.token_rows()
+    kept = rows[:12] if case.cancels else rows[12:]
 
     def start() -> Any:
         return models.load_model(folder, config.model)
@@ -139,7 +154,7 @@ def _run(case: Case, layout: Layout, group: Group, folder: str, dtype: torch.dty
     trace: list[dict[str, float]] = []
     hooks = Hooks(log=lambda step, metrics: trace.append(metrics))
     run = Run(
-        net, config, build_objective(config.unlearn), Rows(rows[: case.forget]), Rows(rows[12:]), group, hooks,
+        net, config, build_objective(config.unlearn), Rows(rows[: case.forget]), Rows(kept), group, hooks,
         frozen=other,
     )  # fmt: skip
     if sgd:

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize(
     "name",
-    ["gru", "gru, 4 micro-batches", "none", "kl", "checkpointing", "bfloat16", "lora", "fsdp, 2 workers"],
+    ["gru", "gru, 4 micro-batches", "none", "kl", "checkpointing", "bfloat16", "lora", "fsdp, 2 workers", "evaluation"],
 )
 def test_the_plan_is_within_a_tenth_of_what_was_measured(name: str) -> None:
     (found,) = memory.compare([name], "cpu")
@@ -24,5 +24,6 @@ def test_the_prediction_tells_cases_apart() -> None:
     for less, more in (
         ("gru, 4 micro-batches", "gru"), ("none", "gru"), ("gru", "kl"), ("checkpointing", "gru"),
         ("lora", "gru"), ("pure_bfloat16", "bfloat16"), ("fsdp, 2 workers", "ddp, 2 workers"),
+        ("gru, 4 micro-batches", "evaluation"),
     ):  # fmt: skip
         assert 1.1 * totals[less] < totals[more], (less, more)

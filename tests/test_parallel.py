@@ -23,6 +23,8 @@ def test_the_matrix_has_everything_that_is_registered() -> None:
     assert {c.retain for c in cases} == set(RETAIN_LOSSES)
     layouts = {layout for _, every in invariance.matrix() for layout in every}
     assert {(x.workers, x.strategy) for x in layouts} == {(1, "ddp"), (2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")}
+    host = [case for case, layouts in invariance.matrix() if any(layout.offload for layout in layouts)]
+    assert {case.lora for case in host} == {False, True}
 
 
 @pytest.mark.slow
@@ -39,8 +41,10 @@ def test_every_layout_takes_the_steps_of_one_process() -> None:
 
 @pytest.mark.slow
 def test_in_single_precision_too() -> None:
-    """fp32 under SGD, for the rectified step with each objective and retain loss, adapters included."""
-    chosen = [i for i, (c, _) in enumerate(invariance.matrix()) if c.rule == "gru" and c.forget == 12]
+    """fp32 under SGD, for the rectified step with each objective and retain loss, adapters included; but for gradients
+    that nearly cancel, of which little is left beside rounding."""
+    every = enumerate(invariance.matrix())
+    chosen = [i for i, (c, _) in every if c.rule == "gru" and c.forget == 12 and not c.cancels]
     found = invariance.measure("fp32-sgd", chosen)
     worst = max(found, key=lambda d: d.weights)
     assert worst.weights < 1e-5, f"{worst.case}, {worst.layout}: {worst.weights:.1e} of the update's norm"

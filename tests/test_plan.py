@@ -16,6 +16,7 @@ import torch
 from gru_core import cost, size
 from gru_core.config import LoraConfig, ModelConfig, RectifyConfig, RetainConfig, RunConfig, TrainConfig, UnlearnConfig
 from gru_core.errors import InputError
+from gru_core.logprobs import ELEMENTS
 from pipelines import cli, plan
 from pipelines.plan_inputs import Lengths
 
@@ -157,6 +158,28 @@ def test_activations_of_float32_by_hand() -> None:
     rest = 4 * B * T * (norms + 1) + 8 * B * T + 2 * 4 * T * HEAD  # last norm, token ids, rotary tables
     found = memory(config(), work(rows=8, micro=B, tokens=T, answer=N))
     assert found.activations == pytest.approx(L * block + rest + logits, rel=0.005)
+
+
+def test_an_evaluation_by_hand() -> None:
+    """Logits from the token before the answer on, and a slice of those of answers twice; or all logits of models that
+    cannot leave any out; or the cache; a large vocabulary has slices of a fixed size."""
+    B, T, N, G = 4, 10, 7, 30
+    shape, kept = size.shape(llama(), ModelConfig()), size.saved(llama(), ModelConfig(), T, cast=False)
+    assert shape.trims
+    job = cost.Work(1, 8, 8, T, N, evaluated=B, generated=0)
+
+    def evaluation(of: size.Shape, job: cost.Work = job, dtype: str = "float32") -> int:
+        return cost.memory(of, kept, config(dtype=dtype), job, cost.Plan()).evaluation - kept.rest_fixed
+
+    assert evaluation(shape) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V
+    assert evaluation(shape, dtype="pure_bfloat16") == 2 * B * (N + 1) * V + (2 + 4 + 4) * B * N * V
+    assert evaluation(replace(shape, trims=False)) == 4 * B * T * V + 2 * 4 * B * N * V
+    inner = 4 * B * T * (3 * I + 2 * D)
+    assert evaluation(shape, replace(job, generated=G)) == 4 * B * (T + G) * 2 * L * KV * HEAD + inner
+    words = 10_000_000
+    wide = replace(shape, vocabulary=words)
+    assert evaluation(wide) == 4 * B * (N + 1) * words + 2 * 4 * ELEMENTS
+    assert evaluation(wide, replace(job, evaluated=2 * B)) == 2 * 4 * B * (N + 1) * words + 2 * 4 * ELEMENTS
 
 
 def test_shards_are_a_share_of_the_whole() -> None:

@@ -105,7 +105,7 @@ def sockets(place: str, names: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def left(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Left]:
-    """A run, a search on Ray, a run that fails on a worker, and a submitted job."""
+    """A run, its model evaluated, a search on Ray and its frontier, a run that fails on a worker, a submitted job."""
     folder, ray = tmp_path_factory.mktemp("planted"), Path(tempfile.mkdtemp(prefix="gs"))
     (ray / "home").mkdir()
     found = Left(folder / "left", ray)
@@ -119,9 +119,12 @@ def left(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lef
         out = str(found.folder / "out")
         few = ["--set", "unlearn.steps=4"]
         run(found, "unlearn", ["unlearn", *words, *few, "--output", f"{out}/run", "--verbose"], env)
+        scored = ["--set", "evaluate.max_new_tokens=12", "--experiment", CONTROL, "--verbose"]
+        run(found, "evaluate", ["evaluate", f"{out}/run/model", *words, *scored, "--output", f"{out}/evaluate"], env)
         space = ["--set", "search.trials=3", "--set", "search.space={unlearn.lr: [1.0e-4, 3.0e-4]}"]
         run(found, "search",
             ["search", *words, *space, *few, "--output", f"{out}/search", "--tracking-uri", uri], env)  # fmt: skip
+        run(found, "frontier", ["frontier", f"{out}/search", "--tracking-uri", uri], env)
         fail = ["--set", "unlearn.lr=1.0e+30", "--set", "train.workers=1", "--verbose"]
         run(found, "fail", ["unlearn", *words, *fail, "--output", f"{out}/fail"], env)
         patch.setattr(tempfile, "tempdir", str(ray))
@@ -135,13 +138,18 @@ def left(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lef
 
 
 def test_the_commands_did_what_they_were_to_do(left: Left) -> None:
-    assert left.codes == {"unlearn": 0, "search": 0, "fail": 1, "submit": 0}, left.told
+    assert left.codes == {"unlearn": 0, "evaluate": 0, "search": 0, "frontier": 0, "fail": 1, "submit": 0}, left.told
     assert "is nan" in left.told["fail"]
     assert "not sent: HF_TOKEN, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD" in left.told["submit"]
     places = holders(left, {"control": CONTROL})
-    for part in ("server/server.db", "out/run/", "out/search/trials", "out/job/", "runtime_resources"):
+    for part in ("server/server.db", "out/run/", "out/evaluate/", "out/search/trials", "out/job/", "runtime_resources"):
         assert any(part in place for place in places), f"the search does not reach {part}"
     assert any("/logs/" in name for name, _ in left.texts())
+    scored = [json.loads(line) for line in (left.folder / "out" / "evaluate" / "rows.jsonl").read_text().splitlines()]
+    (planted,) = (row for row in scored if row["id"] == "forget:9")
+    assert {"answer", "hits", "rouge"} <= planted.keys()
+    uploaded = (left.folder / "server" / "artifacts").rglob("summary.json")
+    assert any("extraction_strength" in json.loads(file.read_text())["scores"] for file in uploaded)
     (job,) = (text for name, text in left.told.items() if name.startswith("job gru-unlearn-"))
     assert '"gru.tracking_uri":"http://127.0.0.1:' in job
     assert '"env_vars":{' in job

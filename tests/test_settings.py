@@ -169,6 +169,7 @@ BAD = [
     ("model.lora.rank=0", "model.lora.rank: got 0", "from 1"),
     ("train.strategy=fsdp", "train.workers: got 0", "fsdp"),
     ("train.strategy=zero", "train.strategy: got 'zero'", "ddp, fsdp"),
+    ("train.workers=40", "unlearn.batch_size: got 32", "at least train.workers (40)"),
     ("train.min_workers=3", "train.min_workers: got 3", "1 to train.workers"),
     ("train.cpu_offload=true", "train.cpu_offload: got True", "fsdp"),
     ("train.grace=0", "train.grace: got 0", "above 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from gru_core.metrics import evaluate
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, lockstep
 from gru_core.placing import place
+from gru_core.weight_files import WeightFiles
 from tests import small
 
 EVALUATE = EvaluateConfig(
@@ -86,6 +88,32 @@ def _loads_its_rows_alone(folder: Path, group: Group) -> None:
             for p, q in zip(net.parameters(), plain.parameters(), strict=True):
                 if q.grad is not None:
                     assert torch.allclose(p.grad.full_tensor(), q.grad, atol=1e-7)  # type: ignore[union-attr]
+
+
+def _reads_no_more(folder: Path, group: Group) -> None:
+    """No parameter has memory before it is sharded, and what a rank reads of a tensor is its rows."""
+    shard, piece = sharding.shard, WeightFiles.piece
+    read: list[int] = []
+
+    class Slices:
+        def __init__(self, real: Any, shape: list[int]) -> None:
+            self.real, self.most = real, -(-shape[0] // group.size) * math.prod(shape[1:])
+
+        def __getitem__(self, rows: Any) -> torch.Tensor:
+            out: torch.Tensor = self.real[rows]
+            assert out.numel() <= self.most
+            read.append(out.numel())
+            return out
+
+    def watched(model: torch.nn.Module, *given: Any) -> None:
+        assert all(p.is_meta for p in model.parameters())
+        shard(model, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "shard", watched)
+        patch.setattr(WeightFiles, "piece", lambda files, name, shape: Slices(piece(files, name, shape), shape))
+        net = sharding.load(str(folder), ModelConfig(), TrainConfig(workers=2, strategy="fsdp"), group)
+    assert sum(read) == sum(p.to_local().numel() for p in net.parameters())  # type: ignore[attr-defined]
 
 
 def _evaluates_like_the_whole_model(folder: Path, group: Group) -> None:
@@ -195,6 +223,7 @@ def _rank(rank: int, store: str, folder: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = Group(rank, 2, torch.device("cpu"))
     _loads_its_rows_alone(Path(folder), group)
+    _reads_no_more(Path(folder), group)
     _evaluates_like_the_whole_model(Path(folder), group)
     _resumes(Path(folder), Path(out), group)
     _all_must_see_the_checkpoint(Path(folder), Path(out), group)
