@@ -152,11 +152,7 @@ def load_tokenizer(path: str, what: str = "model.path") -> Any:
 
 
 def tokenizer_of(path: str, config: ModelConfig, what: str = "model.path") -> Any:
-    """The tokenizer of the model at ``path``: ``config.tokenizer`` where that is set, else the one beside the model.
-
-    Raises:
-        InputError: as :func:`load_tokenizer`.
-    """
+    """As :func:`load_tokenizer`, of ``config.tokenizer`` where that is set, else of the one beside the model."""
     return load_tokenizer(config.tokenizer, "model.tokenizer") if config.tokenizer else load_tokenizer(path, what)
 
 
