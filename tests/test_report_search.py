@@ -191,8 +191,12 @@ def test_a_real_run_is_told_without_a_word_of_its_rows(study: Study, tmp_path: P
 @pytest.mark.skipif(not BROWSER, reason="Chromium is not installed")
 def test_a_browser_without_javascript_shows_and_prints_it(search: Path, tmp_path: Path) -> None:
     document, _ = made(search, output=str(tmp_path / "page.html"))
-    options = [*OPTIONS, "--blink-settings=scriptEnabled=false", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    url = (tmp_path / "page.html").as_uri()
+    options = [*OPTIONS, "--host-resolver-rules=MAP * ~NOTFOUND"]
+    # Chromium's own switch for scripts switches its screenshots off, too: the page itself forbids them, and all loading
+    policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "strict.html").write_text(text.replace("<head>", f"<head>{policy}", 1), encoding="utf-8")
+    url = (tmp_path / "strict.html").as_uri()
 
     def chromium(*more: str) -> None:
         command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", *more, url]
