@@ -76,6 +76,11 @@ SCORES: dict[str, Words] = {
         "recognised, above 0 they stand out as forgotten.",
         ZERO,
     ),
+    "forget_verbmem": Words(
+        "How much of a text to forget the model writes on from its beginning (ROUGE-L F1 of 128 tokens).", LOWER
+    ),
+    "forget_knowmem": Words("How right its short answers are to questions about what is to be forgotten.", LOWER),
+    "retain_knowmem": Words("How right its short answers are to questions about what is to be kept.", HIGHER),
     "relearn": Words("The forget metric after the model was trained again on some of the rows to forget.", LOWER),
     "relearn_retain": Words("The forget metric after the model was trained further on rows to keep alone.", LOWER),
     "quantise": Words("The forget metric after the weights were rounded to few bits.", LOWER),

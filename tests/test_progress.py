@@ -13,12 +13,12 @@ import pytest
 from torch import nn
 
 from gru_core.config import EvaluateConfig, ModelConfig
-from gru_core.metrics import METRICS, MODEL_METRICS, Evaluation, ModelMetric, Progress, evaluate, measure
+from gru_core.metrics import MODEL_METRICS, Evaluation, ModelMetric, Progress, evaluate, measure
 from gru_core.parallel import Group
 from tests import small
-from tests.test_evaluate import Threads, qa_benchmark
+from tests.test_evaluate import OURS, Threads, qa_benchmark
 
-EVERYTHING = EvaluateConfig(metrics=tuple(METRICS), max_new_tokens=6, batch_rows=2)
+EVERYTHING = EvaluateConfig(metrics=OURS, max_new_tokens=6, batch_rows=2)
 ROWS = 35
 """Of all five sets together."""
 
