@@ -65,7 +65,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 def test_the_readme_names_every_command() -> None:
     named = {shlex.split(c)[1] for c in commands()}
-    assert named == {"doctor", "demo", "plan", "unlearn", "evaluate", "export", "search", "frontier", "ui", "submit"}
+    expected = {
+        "doctor",
+        "demo",
+        "plan",
+        "unlearn",
+        "evaluate",
+        "export",
+        "search",
+        "frontier",
+        "report",
+        "ui",
+        "submit",
+    }
+    assert named == expected
     assert "make demo" in README.read_text().split("```sh")[1].splitlines()[1]
     assert "make test" in README.read_text().split("```sh")[1].splitlines()[2]
 
@@ -89,6 +102,7 @@ def test_the_commands_run_in_order(
             assert any("cached in" in line for line in said.lines), "the models of the demo are used again"
     assert (folder / "runs" / "one" / "model" / "model.safetensors").exists()
     assert (folder / "models" / "one" / "model.safetensors").exists()
+    assert "hypervolume" in (folder / "runs" / "small" / "report.html").read_text().lower()
     assert (folder / "runs" / "two" / "model" / "adapter_model.safetensors").exists()
     assert (folder / "runs" / "job" / "frontier.png").exists()
 
