@@ -22,7 +22,7 @@ from gru_core.placing import place, place_frozen
 from gru_core.sharding import gathered, whole
 from tests import robust, small
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # 3 rows a step on 2 ranks: unequal shares, and at last (1 row) a rank without any
 RELEARN = replace(robust.QUICK, steps=3, every=1, batch_size=3)
