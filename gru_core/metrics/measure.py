@@ -57,13 +57,10 @@ def measure(
     plain = unwrap(model)
     tasks = _tasks(plain, tokenizer, benchmark, needs, config, model_config)
     mine = group.share(tasks)
-    device = group.device if is_sharded(model) else next(plain.parameters()).device  # shards may rest on the host
-    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=model_config.dtype == "bfloat16")
-    with _evaluating(plain), bf16, lockstep(model, group) as forward:
-        scorer = Scorer(plain, forward, device)
-        forced = teacher_forced(scorer, *_asked(mine), _pad_id(tokenizer), config.batch_rows)
+    with scoring(model, model_config, group) as scorer:
+        forced = teacher_forced(scorer, *_asked(mine), pad_id(tokenizer), config.batch_rows)
         made = _generated(scorer, tokenizer, mine, config)
-    gradients = _gradients(plain, mine, device, model_config)
+    gradients = _gradients(plain, mine, scorer.device, model_config)
     scores = [_row(task, forced, made.get(task), gradients.get(task), texts) for task in mine]
     sets: dict[str, list[RowScores]] = {}
     for task, row in zip(tasks, group.gather_shared(scores), strict=True):
@@ -93,6 +90,17 @@ def _tasks(
         for name in sorted(kinds)
         for row in scored_rows(benchmark, name, config.rows)
     ]
+
+
+@contextmanager
+def scoring(model: nn.Module, model_config: ModelConfig, group: Group) -> Iterator[Scorer]:
+    """A window in which ``model``, wrapped or sharded, answers forward passes on every rank of ``group``, in evaluation
+    mode and in the type it computes in; see :func:`~gru_core.parallel.lockstep`."""
+    plain = unwrap(model)
+    device = group.device if is_sharded(model) else next(plain.parameters()).device  # shards may rest on the host
+    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=model_config.dtype == "bfloat16")
+    with _evaluating(plain), bf16, lockstep(model, group) as forward:
+        yield Scorer(plain, forward, device)
 
 
 @contextmanager
@@ -138,7 +146,7 @@ def _generated(scorer: Scorer, tokenizer: Any, tasks: Sequence[_Task], config: E
         scorer,
         [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
         stop=stop_tokens(scorer.model, tokenizer),
-        pad_id=_pad_id(tokenizer),
+        pad_id=pad_id(tokenizer),
         max_new_tokens=config.max_new_tokens,
         batch_rows=config.batch_rows,
     )
@@ -153,7 +161,7 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     return {int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None}
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
     """Any token serves: padding is masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
