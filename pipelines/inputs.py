@@ -55,7 +55,12 @@ def absolute(config: RunConfig) -> RunConfig:
         local = value and value != "prepared" and Path(value).expanduser().exists()
         return str(Path(str(value)).expanduser().absolute()) if local else value
 
-    data, model = config.benchmark, config.model
+    data, model, asked = config.benchmark, config.model, config.evaluate.lm_eval
+    asked = replace(
+        asked,
+        include_path=path(asked.include_path),
+        data={task: path(file) or file for task, file in asked.data.items()},
+    )
     return replace(
         config,
         benchmark=replace(
@@ -66,6 +71,7 @@ def absolute(config: RunConfig) -> RunConfig:
             data_dir=path(data.data_dir),
         ),
         model=replace(model, path=path(model.path) or model.path),
+        evaluate=replace(config.evaluate, lm_eval=asked),
         retain_model=path(config.retain_model),
         prepare=replace(config.prepare, base=path(config.prepare.base)),
     )

@@ -14,6 +14,7 @@ from gru_core.config.model import BenchmarkConfig, LoraConfig, ModelConfig
 from gru_core.config.study import (
     EvaluateConfig,
     FamilyConfig,
+    LmEvalConfig,
     OutputConfig,
     PrepareConfig,
     SearchConfig,
@@ -50,6 +51,7 @@ class RunConfig:
 
 
 __all__ = [
-    "BenchmarkConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig", "PrepareConfig",
-    "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
+    "BenchmarkConfig", "EvaluateConfig", "FamilyConfig", "LmEvalConfig", "LoraConfig", "ModelConfig", "OutputConfig",
+    "PrepareConfig", "RectifyConfig", "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig",
+    "UnlearnConfig",
 ]  # fmt: skip

@@ -9,12 +9,34 @@ from gru_core.config.checks import STRICT, check, finite
 
 
 @dataclass(frozen=True)
+class LmEvalConfig:
+    """How the metrics ``lm_eval:TASK`` are measured: tasks of EleutherAI's lm-eval (the extra ``eval``)."""
+
+    __pydantic_config__ = STRICT
+    limit: int | None = None
+    """Only the first n documents of each task; null: all."""
+    num_fewshot: int | None = None
+    """Answered examples before each question; null: as the task defines it (0 where it does not). A task that is
+    defined with 0, such as WMDP's, keeps 0."""
+    include_path: str | None = None
+    """Folder of further task files (``*.yaml``), which win over lm-eval's; without Python code (``!function``)."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Task to a local file in place of its data set from the hub: JSON rows ``{question, choices, answer}``, the
+    answer a position in choices from 0, as WMDP and MMLU have them."""
+
+    def __post_init__(self) -> None:
+        check(self.limit is None or self.limit >= 1, "evaluate.lm_eval.limit", self.limit, "null or from 1")
+        shots = self.num_fewshot
+        check(shots is None or shots >= 0, "evaluate.lm_eval.num_fewshot", shots, "null or a whole number from 0")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured at every evaluation, and the two numbers that span the trade-off."""
 
     __pydantic_config__ = STRICT
     metrics: tuple[str, ...] = ("extraction_strength", "model_utility")
-    """Names from ``gru_core.metrics.METRICS`` or ``MODEL_METRICS``."""
+    """Names from ``gru_core.metrics.METRICS`` or ``MODEL_METRICS``, or ``lm_eval:TASK``."""
     final: tuple[str, ...] = ()
     """Further metrics, measured only where a run ends (and of the models before it): for what takes long."""
     unlearning: str = "extraction_strength"
@@ -27,6 +49,7 @@ class EvaluateConfig:
     """Sequences per forward pass where all are as long as the longest; of shorter ones there are more."""
     max_new_tokens: int = 200
     """Longest greedy generation (ROUGE)."""
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 
     def __post_init__(self) -> None:
         check(len(self.metrics) > 0, "evaluate.metrics", self.metrics, "at least one metric")

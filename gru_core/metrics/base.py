@@ -13,7 +13,7 @@ Kind = Literal["answer", "truth", "rouge", "tail", "gradient"]
 """``answer``: the true answer under teacher forcing; ``truth``: its paraphrase and the wrong answers too;
 ``rouge``: a greedy generation; ``tail``: the least likely tokens of the true answer; ``gradient``: the norm of the
 gradient of its loss."""
-Role = Literal["forget", "utility", "report"]
+Role = Literal["forget", "utility", "either", "report"]
 
 LOST_NLL = 1e9
 """NLL, in nats, that stands for a token whose probability is not a number (a diverged model): finite, so that
@@ -200,7 +200,8 @@ class Metric:
 
     Attributes:
         role: ``forget``: forget-set metric, lower when forgotten, may be ``evaluate.unlearning``; ``utility``:
-            higher is better, may be ``evaluate.retention``; ``report``: shown, spans no trade-off.
+            higher is better, may be ``evaluate.retention``; ``either``: may be both; ``report``: shown, spans no
+            trade-off.
         needs: what has to be measured for it.
         compute: pure; never NaN or infinite.
         partial: whether it is still defined when the benchmark lacks some of ``needs`` (said in a note).

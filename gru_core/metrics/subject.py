@@ -14,6 +14,9 @@ from gru_core.config import EvaluateConfig, ModelConfig
 from gru_core.metrics.base import Role
 from gru_core.parallel import Group
 
+CHANCE = "chance"
+"""The further score that says what guessing scores: as ``evaluate.unlearning`` the end of forgetting."""
+
 
 @dataclass(frozen=True)
 class Subject:
