@@ -108,7 +108,7 @@ def build(config: RunConfig, folder: Path) -> Package:
             continue
         target = Path("inputs") / item.key
         for name, source in item.files.items():
-            (folder / target).mkdir(parents=True, exist_ok=True)
+            (folder / target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / target / name)
         single = item.path.is_file()
         uploaded[item.key] = str(target / item.path.name if single else target)
@@ -159,9 +159,24 @@ def find_inputs(config: RunConfig) -> Iterator[Input]:
         here = _present(key, path, values[key], folder=True)
         files = {name: path / name for name in _data_files(config, path)} if here else {}
         yield Input(key, path, _inside(key, path, files))
+    yield from _tasks(config)
     for key in MODELS:
         if is_folder(values[key]):
             yield _model(key, values[key])
+
+
+def _tasks(config: RunConfig) -> Iterator[Input]:
+    """Files of lm-eval's tasks: rows, and a folder of task files."""
+    own = config.evaluate.lm_eval
+    for task, file in own.data.items():
+        key, path = f"evaluate.lm_eval.data.{task}", _absolute(file)
+        yield Input(key, path, {path.name: path} if _present(key, path, file) else {})
+    if own.include_path:
+        key, path = "evaluate.lm_eval.include_path", _absolute(own.include_path)
+        here = _present(key, path, own.include_path, folder=True)
+        found = sorted(path.rglob("*")) if here else []  # templates that tasks include have no ending
+        files = {str(f.relative_to(path)): f for f in found if f.is_file() and f.suffix in (".yaml", "")}
+        yield Input(key, path, _inside(key, path, files))
 
 
 def is_folder(value: Any) -> bool:
@@ -240,9 +255,11 @@ def _present(key: str, path: Path, value: Any, *, folder: bool = False) -> bool:
 
 def _data_files(config: RunConfig, folder: Path) -> list[str]:
     """Names of the files that the benchmark reads from its ``data_dir``, which ``folder`` is."""
-    from gru_core.benchmarks import tofu
+    from gru_core.benchmarks import tofu, wmdp
 
     forget = config.benchmark.split
+    if config.benchmark.name == "wmdp":
+        return [f"{part}.jsonl" for part in wmdp.SPLITS[forget]]
     parts = (forget, tofu.RETAIN_OF[forget], f"{forget}_perturbed", "retain_perturbed", *tofu.FACTS.values())
     optional = [name for name in (f"{tofu.HOLDOUT[forget]}.json",) if (folder / name).is_file()]
     return [f"{part}.json" for part in parts] + optional

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gru_core.benchmarks.base import Benchmark
@@ -132,8 +133,17 @@ def fingerprint(config: RunConfig, benchmark: Benchmark) -> str:
         (name, [(row.prompt, row.answer, row.paraphrase, row.perturbed) for row in rows])
         for name, rows in sorted(benchmark.scored.items())
     ]
-    text = json.dumps([benchmark.fingerprint(), scored, models])
+    asked = [(task, _digest(Path(file))) for task, file in sorted(config.evaluate.lm_eval.data.items())]
+    folder = config.evaluate.lm_eval.include_path
+    asked += [
+        (file.name, _digest(file)) for file in (sorted(Path(folder).rglob("*")) if folder else ()) if file.is_file()
+    ]
+    text = json.dumps([benchmark.fingerprint(), scored, models, *([asked] if asked else [])])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
 
 
 def warn_size(sizes: Sequence[int], reads: Sequence[int], say: Say) -> None:

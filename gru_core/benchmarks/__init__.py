@@ -11,6 +11,7 @@ from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.benchmarks.jsonl import load_jsonl
 from gru_core.benchmarks.read import check_apart, key, positions
 from gru_core.benchmarks.tofu import load_tofu
+from gru_core.benchmarks.wmdp import load_wmdp
 from gru_core.config import BenchmarkConfig, RetainConfig
 from gru_core.errors import ConfigError, InputError, unknown
 
@@ -20,9 +21,15 @@ BENCHMARKS: dict[str, Callable[[BenchmarkConfig], Benchmark]] = {
     "authors": load_authors,
     "tofu": load_tofu,
     "jsonl": load_jsonl,
+    "wmdp": load_wmdp,
 }
 
-_OPTIONS = {"authors": {"split", "seed"}, "tofu": {"split", "data_dir"}, "jsonl": {"forget", "retain", "holdout"}}
+_OPTIONS = {
+    "authors": {"split", "seed"},
+    "tofu": {"split", "data_dir"},
+    "jsonl": {"forget", "retain", "holdout"},
+    "wmdp": {"split", "data_dir"},
+}
 """The fields of ``BenchmarkConfig`` that each benchmark reads, besides ``name`` and ``retain_rows``."""
 
 

@@ -57,11 +57,13 @@ class BenchmarkConfig:
 
     __pydantic_config__ = STRICT
     name: str = "authors"
-    """``authors`` (built in), ``tofu`` or ``jsonl``."""
+    """``authors`` (built in), ``tofu``, ``wmdp`` or ``jsonl``."""
     split: str = "forget10"
-    """Forget split: of ``authors`` and ``tofu``, ``forget01``, ``forget05`` or ``forget10``."""
+    """Forget split: of ``authors`` and ``tofu``, ``forget01``, ``forget05`` or ``forget10``; of ``wmdp``, ``bio`` or
+    ``cyber``, which keep general text, or ``bio-corpora`` or ``cyber-corpora``, which keep its retain corpora."""
     data_dir: str | None = None
-    """``tofu``: a local folder of its JSON files; null loads ``locuslab/TOFU`` from the hub."""
+    """``tofu``: a local folder of its JSON files; null loads ``locuslab/TOFU`` from the hub. ``wmdp``: a local folder
+    of ``NAME.jsonl`` files with a column ``text`` (``cyber-forget-corpus.jsonl``, ``wikitext.jsonl``, ...)."""
     forget: str | None = None
     """``jsonl``: file of rows to forget."""
     retain: str | None = None
