@@ -22,7 +22,7 @@ from gru_core.config import EvaluateConfig, ModelConfig
 from gru_core.errors import InputError
 from gru_core.metrics import Baseline, check_metrics, evaluate, find, trade_off
 from gru_core.metrics.base import Evaluation, Measurements
-from gru_core.metrics.lm_eval_closed import closed
+from gru_core.metrics.lm_eval_closed import FetchedCode, closed
 from gru_core.metrics.lm_eval_load import main_metric
 from gru_core.metrics.lm_eval_model import Adapter
 from gru_core.parallel import Group
@@ -232,7 +232,7 @@ def test_the_window_gives_everything_back() -> None:
     seed = random.getstate()
     with closed(), closed():
         random.random()
-        with pytest.raises(PermissionError):
+        with pytest.raises(FetchedCode):
             library.load("accuracy")
         with pytest.raises(Exception, match="unsafe"):
             lm_eval.utils.apply_template("{{ ''.__class__.__mro__ }}", {})
@@ -313,6 +313,25 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.startswith("lm_eval:wmdp: the data set of wmdp_bio, wmdp_chem, wmdp_cyber cannot be loaded")
     assert "evaluate.lm_eval.data: {wmdp_bio: FILE}" in said
     assert "secret" not in said
+
+
+def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of lm-eval's tasks take half a minute to read: here two folders of them stand for all."""
+    import lm_eval.tasks
+
+    from gru_core.metrics import lm_eval_load
+
+    root = Path(lm_eval.tasks.__file__).parent
+    some = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[root / "wmdp", root / "piqa"])
+    monkeypatch.setattr(lm_eval_load, "_all", {None: some})
+    said = refusal(small.asking("wmdp_boi"))
+    assert said.startswith("unknown lm-eval task 'wmdp_boi'; did you mean 'wmdp_bio'?")
+
+
+def test_code_from_the_hub_is_never_run() -> None:
+    """HumanEval's own code asks for a metric of the hub, which runs what the model writes."""
+    said = refusal(small.asking("humaneval"))
+    assert said == "lm_eval:humaneval measures with code that would be fetched from the hub, which is never done"
 
 
 @pytest.mark.parametrize(

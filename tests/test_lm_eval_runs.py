@@ -107,15 +107,10 @@ def test_bad_input_is_said_before_anything_is_trained(study: Study, tmp_path: Pa
     """One line, exit code 2, nothing written; the hub is not asked for long."""
     environment = {**study.environment, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     out = tmp_path / "out"
-    cases = {
-        "evaluate.unlearning=lm_eval:wmdp_boi": "unknown lm-eval task 'wmdp_boi'; did you mean 'wmdp_bio'?",
-        "evaluate.unlearning=lm_eval:wmdp_cyber": "lm_eval:wmdp_cyber: the data set of wmdp_cyber cannot be loaded",
-        "evaluate.final=[lm_eval:humaneval]": "lm_eval:humaneval",
-    }
-    for change, line in cases.items():
-        words = [word for each in (*overrides(tmp_path), change) for word in ("--set", each)]
-        ended = gru(["unlearn", "-c", str(study.config), *words, "--output", str(out)], environment, tmp_path)
-        assert ended.returncode == 2, ended.stderr
-        assert line in ended.stderr
-        assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
-        assert not out.exists()
+    change = "evaluate.unlearning=lm_eval:wmdp_cyber"
+    words = [word for each in (*overrides(tmp_path), change) for word in ("--set", each)]
+    ended = gru(["unlearn", "-c", str(study.config), *words, "--output", str(out)], environment, tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert "lm_eval:wmdp_cyber: the data set of wmdp_cyber cannot be loaded from the hub" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+    assert not out.exists()

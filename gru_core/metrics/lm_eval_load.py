@@ -14,13 +14,14 @@ from typing import Any
 
 from gru_core.config import LmEvalConfig
 from gru_core.errors import ConfigError, InputError
-from gru_core.metrics.lm_eval_closed import closed
+from gru_core.metrics.lm_eval_closed import FetchedCode, closed
 from gru_core.metrics.lm_eval_files import local_task, refuse_code
 
 PREFERRED = ("acc", "acc_norm", "exact_match")
 """A task's score is the first of these that it has, else its first metric where higher is better, else its first."""
 FEWSHOT_SEED = 1234
 """Of the choice of examples, as lm-eval's own command line has it."""
+FETCHES = "measures with code that would be fetched from the hub, which is never done"
 GREEDY = ("until", "do_sample", "temperature", "top_p", "top_k")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -187,6 +188,8 @@ def _some(names: Iterable[str], most: int = 3) -> str:
 
 def _not_loaded(name: str, tasks: list[str], error: Exception) -> InputError:
     kind = type(error).__name__
+    if isinstance(error, FetchedCode):
+        return InputError(f"lm_eval:{name} {FETCHES}")
     if isinstance(error, ImportError):
         return InputError(f"lm_eval:{name} needs a further package ({kind}: {error.name or 'see lm-eval'})")
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("datasets", "huggingface_hub", "httpx"):
@@ -213,7 +216,7 @@ def _check(name: str, task: Any) -> None:
         raise refuse("runs code that the model writes, which is never done")
     known = getattr(task, "_metric_fn_list", {})
     if task.get_config("process_results") is None and any(function is None for function in known.values()):
-        raise refuse("measures with code that would be fetched from the hub, which is never done")
+        raise refuse(FETCHES)
     if task.OUTPUT_TYPE != "generate_until":
         return
     options = task.config.generation_kwargs or {}
