@@ -23,8 +23,9 @@ from gru_core.errors import InputError
 from gru_core.metrics import Baseline, check_metrics, evaluate, find, trade_off
 from gru_core.metrics.base import Evaluation, Measurements
 from gru_core.metrics.lm_eval_closed import FetchedCode, closed
-from gru_core.metrics.lm_eval_load import main_metric
+from gru_core.metrics.lm_eval_load import load, main_metric
 from gru_core.metrics.lm_eval_model import Adapter
+from gru_core.metrics.lm_eval_tasks import fresh
 from gru_core.parallel import Group
 from tests import lm_eval_small as small
 from tests.test_evaluate import Threads
@@ -365,9 +366,12 @@ def test_files_and_examples_that_do_not_fit(bio: dict[str, str], tmp_path: Path)
     assert "include_path: there is no folder" in refusal(away)
 
 
-def test_a_task_of_ones_own(tok: Any, taught: Any, tmp_path: Path) -> None:
-    """In a folder of task files: prompts and examples as its file says, scores as a count by hand."""
-    rows = [{"q": q["question"], "a": "ABCD"[q["answer"]]} for q in small.questions(6)]
+def test_a_task_of_ones_own(tok: Any, taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of task files: choices and examples as its file says."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"q": q["question"], "a": "ABC"[q["answer"] % 3]} for q in small.questions(24)]
     for name, part in (("test", rows[:4]), ("train", rows[4:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     (tmp_path / "_own_template").write_text(
@@ -378,13 +382,23 @@ def test_a_task_of_ones_own(tok: Any, taught: Any, tmp_path: Path) -> None:
         f"include: _own_template\ntask: own\ndataset_kwargs: {{data_files: {{test: {tmp_path}/test.jsonl, "
         f"train: {tmp_path}/train.jsonl}}}}\n"
     )
-    for shots in (0, 1):
+    for shots in (0, 2):
         config = small.asking("own", include_path=str(tmp_path), num_fewshot=shots)
+        prompts = [built(load("own", config.lm_eval).tasks["own"]) for _ in range(2)]
+        assert prompts[0] == prompts[1], "each evaluation draws the same examples"
+        assert {text.count("Which of these") for text in prompts[0]} == {1 + shots}
         found = evaluate(taught, tok, small.NOTHING, config, ModelConfig()).scores
-        again = evaluate(taught, tok, small.NOTHING, config, ModelConfig()).scores
-        assert found == again, "each evaluation draws the same examples"
         assert found["lm_eval:own/chance"] == pytest.approx(1 / 3)
-        assert found.keys() >= {"lm_eval:own", "lm_eval:own/stderr", "lm_eval:own/acc_norm"}
+        assert found.keys() == {
+            f"lm_eval:own{end}" for end in ("", "/stderr", "/chance", "/acc_norm", "/acc_norm_stderr")
+        }
+
+
+def built(task: Any) -> list[str]:
+    """Prompts that one evaluation would ask."""
+    own = fresh(task)
+    own.build_all_requests()
+    return [request.args[0] for request in own.instances]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def _check(name: str, config: EvaluateConfig, benchmark: Benchmark | None) -> No
 def _run(name: str, subject: Subject) -> dict[str, float]:
     """Asks the model; the same on every rank."""
     loaded = load(name, subject.config.lm_eval)
-    tasks = {key: _fresh(task) for key, task in loaded.tasks.items()}
+    tasks = {key: fresh(task) for key, task in loaded.tasks.items()}
     with closed():
         from lm_eval.evaluator import evaluate
 
@@ -125,7 +125,7 @@ def _chance(loaded: Loaded, tasks: Mapping[str, Any]) -> float | None:
     return mean([mean(each) for each in rows])
 
 
-def _fresh(task: Any) -> Any:
+def fresh(task: Any) -> Any:
     """A task to ask once: requests are kept in it, and each evaluation draws the same examples."""
     own = copy.copy(task)
     if hasattr(own, "sampler"):
