@@ -17,6 +17,7 @@ from gru_core.batch import TokenRow
 from gru_core.errors import InputError
 from gru_core.metrics.forced import teacher_forced
 from gru_core.metrics.generate import greedy
+from gru_core.metrics.lm_eval_load import LENGTHS
 from gru_core.metrics.measure import pad_id, scoring, stop_tokens
 from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.subject import Subject
@@ -26,7 +27,6 @@ DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256
 """Tokens that a model takes where neither it nor its tokenizer says, and new ones where a task does not say."""
 UNLIMITED = 10**20
 """A tokenizer's ``model_max_length`` from here on means that none was set."""
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 Answer = tuple[float, bool]
 """Log-likelihood of a continuation, nats, and whether it is the greedy one."""
