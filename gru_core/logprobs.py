@@ -105,8 +105,13 @@ ELEMENTS = 1 << 24
 
 @torch.no_grad()
 def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: bool = False) -> AnswerTokens:
-    """Everything that is measured on answer tokens, a slice of tokens at a time: no float32 copy of all logits."""
+    """Everything that is measured on answer tokens, a slice of tokens at a time: no float32 copy of all logits.
+
+    The logits of the last position, which predict nothing, may be left out: (B, T-1, V).
+    """
     place_N, targets_N = _places(labels_BT)
+    T = labels_BT.shape[1]
+    place_N = place_N - place_N // T * (T - logits_BTV.shape[1])
     flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
     slices = torch.arange(len(place_N), device=place_N.device).split(max(1, ELEMENTS // flat.shape[1]))
     found = [_tokens(flat.index_select(0, place_N[n]), targets_N[n], standard) for n in slices]

@@ -59,7 +59,12 @@ def absolute(config: RunConfig) -> RunConfig:
         local = value and value != "prepared" and Path(value).expanduser().exists()
         return str(Path(str(value)).expanduser().absolute()) if local else value
 
-    data, model = config.benchmark, config.model
+    data, model, asked = config.benchmark, config.model, config.evaluate.lm_eval
+    asked = replace(
+        asked,
+        include_path=path(asked.include_path),
+        data={task: path(file) or file for task, file in asked.data.items()},
+    )
     return replace(
         config,
         benchmark=replace(
@@ -71,7 +76,7 @@ def absolute(config: RunConfig) -> RunConfig:
         ),
         model=replace(model, path=path(model.path) or model.path, tokenizer=path(model.tokenizer)),
         retain_model=path(config.retain_model),
-        evaluate=replace(config.evaluate, start=path(config.evaluate.start)),
+        evaluate=replace(config.evaluate, start=path(config.evaluate.start), lm_eval=asked),
         prepare=replace(config.prepare, base=path(config.prepare.base)),
     )
 

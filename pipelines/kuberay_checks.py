@@ -162,6 +162,10 @@ def _paths(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for key in ("benchmark.forget", "benchmark.retain", "benchmark.holdout", "benchmark.data_dir"):
         if values[key]:
             yield key, values[key]
+    asked = config.evaluate.lm_eval
+    yield from ((f"evaluate.lm_eval.data.{task}", file) for task, file in asked.data.items())
+    if asked.include_path:
+        yield "evaluate.lm_eval.include_path", asked.include_path
     for key in (*packages.MODELS, packages.TOKENIZER):
         if packages.is_folder(values[key]):
             yield key, values[key]

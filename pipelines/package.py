@@ -160,9 +160,24 @@ def find_inputs(config: RunConfig) -> Iterator[Input]:
         here = _present(key, path, values[key], folder=True)
         files = {name: path / name for name in _data_files(config, path)} if here else {}
         yield Input(key, path, _inside(key, path, files))
+    yield from _tasks(config)
     for key in (*MODELS, TOKENIZER):
         if is_folder(values[key]):
             yield _model(key, values[key])
+
+
+def _tasks(config: RunConfig) -> Iterator[Input]:
+    """Files of lm-eval's tasks: rows, and a folder of task files."""
+    own = config.evaluate.lm_eval
+    for task, file in own.data.items():
+        key, path = f"evaluate.lm_eval.data.{task}", _absolute(file)
+        yield Input(key, path, {path.name: path} if _present(key, path, file) else {})
+    if own.include_path:
+        key, path = "evaluate.lm_eval.include_path", _absolute(own.include_path)
+        here = _present(key, path, own.include_path, folder=True)
+        found = sorted(path.rglob("*")) if here else []  # templates that tasks include have no ending
+        files = {str(f.relative_to(path)): f for f in found if f.is_file() and f.suffix in (".yaml", "")}
+        yield Input(key, path, _inside(key, path, files))
 
 
 def is_folder(value: Any) -> bool:
@@ -245,12 +260,14 @@ def _present(key: str, path: Path, value: Any, *, folder: bool = False) -> bool:
 
 def _data_files(config: RunConfig, folder: Path) -> list[str]:
     """Names of the files that the benchmark reads from its ``data_dir``, which ``folder`` is."""
-    from gru_core.benchmarks import muse, tofu
+    from gru_core.benchmarks import muse, tofu, wmdp
 
     data = config.benchmark
     splits = config.requests.splits or (data.split,)
     if data.name == "muse":
         found = {path.relative_to(folder).as_posix() for split in splits for path in muse.files(folder, split)}
+    elif data.name == "wmdp":
+        found = {f"{part}.jsonl" for split in splits for part in wmdp.SPLITS[split]}
     else:
         found = {name for split in splits for name in tofu.files(folder, split)}
     return sorted(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gru_core.metrics import METRICS
+from gru_core.metrics.lm_eval_tasks import PREFIX
 
 LOWER, HIGHER = "lower is better", "higher is better"
 AS_RETAIN, HALF, ZERO = "nearest the retain model’s", "nearest 0.5", "nearest 0"
@@ -96,6 +97,8 @@ def score(name: str) -> Words:
     """The words for a score, by its name or what stands before its first ``/``; for one without words of its own those
     of its role, which say which direction is good."""
     base = name.partition("/")[0]
+    if base.startswith(PREFIX):
+        return Words(f"The score in the test {base.removeprefix(PREFIX)} of lm-eval; of choices the share right.", "")
     found = SCORES.get(name) or SCORES.get(base)
     metric = METRICS.get(name) or METRICS.get(base)
     return found or (_ROLES.get(metric.role) if metric else None) or Words("A further score of this study.", "")

@@ -20,7 +20,10 @@ _MACHINES = (
 )  # fmt: skip
 FREE = ("output.", "track.", "search.concurrent", *(f"train.{name}" for name in _MACHINES))
 """Settings that may differ when a search or a run is resumed: where, and on what, it runs."""
-DATA = ("benchmark.forget", "benchmark.retain", "benchmark.holdout", "benchmark.data_dir")
+DATA = (
+    "benchmark.forget", "benchmark.retain", "benchmark.holdout", "benchmark.data_dir", "evaluate.lm_eval.data.",
+    "evaluate.lm_eval.include_path",
+)  # fmt: skip
 """Where rows are read from: may differ too, where the rows are the same."""
 MODELS = ("model.path", "retain_model", "prepare.base", "model.tokenizer", "evaluate.start")
 """Likewise for models. A submitted search finds its inputs in another folder each time."""

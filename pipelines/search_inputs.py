@@ -135,13 +135,22 @@ def fingerprint(config: RunConfig, benchmark: Benchmark) -> str:
         (name, [(row.prompt, row.answer, row.paraphrase, row.perturbed) for row in rows])
         for name, rows in sorted(benchmark.scored.items())
     ]
-    text = json.dumps([benchmark.fingerprint(), scored, models])
+    asked = [(task, _digest(Path(file))) for task, file in sorted(config.evaluate.lm_eval.data.items())]
+    folder = config.evaluate.lm_eval.include_path
+    asked += [
+        (file.name, _digest(file)) for file in (sorted(Path(folder).rglob("*")) if folder else ()) if file.is_file()
+    ]
+    text = json.dumps([benchmark.fingerprint(), scored, models, *([asked] if asked else [])])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def kept(config: RunConfig, benchmark: Benchmark) -> Path:
     """Where the end points of these inputs are kept while they are measured: there is no output folder yet."""
     return cache_folder() / "evaluating" / fingerprint(config, benchmark)[:16]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
 
 
 def warn_size(sizes: Sequence[int], reads: Sequence[int], say: Say) -> None:

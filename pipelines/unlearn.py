@@ -11,7 +11,7 @@ from gru_core import models
 from gru_core.benchmarks import load_benchmark, retain_subset
 from gru_core.config import RunConfig
 from gru_core.errors import InputError, StorageError
-from gru_core.metrics import check_metrics, trade_off
+from gru_core.metrics import check_metrics, lm_eval_tasks, trade_off
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group, current_group
 from gru_core.rectify import build_rule
@@ -79,7 +79,9 @@ def _scale(config: RunConfig) -> list[str]:
     """What the unlearning score means where nothing marks its end."""
     if config.retain_model is not None:
         return []
-    return [f"no retain model: unlearning 1 means that {config.evaluate.unlearning} has fallen to 0"]
+    name = config.evaluate.unlearning
+    end = "what guessing scores (0 where there are no choices)" if name.startswith(lm_eval_tasks.PREFIX) else "0"
+    return [f"no retain model: unlearning 1 means that {name} has fallen to {end}"]
 
 
 def train(

@@ -53,13 +53,16 @@ def refused(config: BenchmarkConfig) -> str:
 
 
 def test_registry_and_options_agree() -> None:
-    assert set(BENCHMARKS) == set(_OPTIONS) == {"authors", "tofu", "muse", "jsonl"}
+    assert set(BENCHMARKS) == set(_OPTIONS) == {"authors", "tofu", "muse", "wmdp", "jsonl"}
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"name": "author"}, "unknown benchmark 'author'; did you mean 'authors'? (valid: authors, jsonl, muse, tofu)"),
+        (
+            {"name": "author"},
+            "unknown benchmark 'author'; did you mean 'authors'? (valid: authors, jsonl, muse, tofu, wmdp)",
+        ),
         ({"name": "tofu", "split": "forget1"}, "unknown split of benchmark tofu 'forget1'; did you mean 'forget10'?"),
         ({"name": "tofu", "forget": "x"}, "benchmark.forget: got 'x', allowed: None with benchmark tofu (only jsonl"),
         ({"name": "authors", "data_dir": "x"}, "benchmark.data_dir: got 'x', allowed: None with benchmark authors"),

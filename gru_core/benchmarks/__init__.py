@@ -12,6 +12,7 @@ from gru_core.benchmarks.jsonl import load_jsonl
 from gru_core.benchmarks.muse import load_muse
 from gru_core.benchmarks.read import check_apart, key, positions
 from gru_core.benchmarks.tofu import load_tofu
+from gru_core.benchmarks.wmdp import load_wmdp
 from gru_core.config import BenchmarkConfig, RetainConfig
 from gru_core.errors import ConfigError, InputError, unknown
 
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[BenchmarkConfig], Benchmark]] = {
     "tofu": load_tofu,
     "muse": load_muse,
     "jsonl": load_jsonl,
+    "wmdp": load_wmdp,
 }
 
 _OPTIONS = {
@@ -29,6 +31,7 @@ _OPTIONS = {
     "tofu": {"split", "data_dir"},
     "muse": {"split", "data_dir"},
     "jsonl": {"forget", "retain", "holdout"},
+    "wmdp": {"split", "data_dir"},
 }
 """The fields of ``BenchmarkConfig`` that each benchmark reads, besides ``name`` and ``retain_rows``."""
 

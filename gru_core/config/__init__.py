@@ -2,7 +2,7 @@
 
 ``pipelines.settings`` reads YAML into these. Every section can be built on its own, so that ``gru_core`` is
 usable as a library. An error is a :class:`~gru_core.errors.ConfigError`: field, value, what is allowed. Every key is
-documented where it is defined: ``model.py``, ``training.py``, ``study.py``.
+documented where it is defined: ``model.py``, ``training.py``, ``evaluation.py``, ``study.py``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gru_core.config.checks import STRICT, check
+from gru_core.config.evaluation import BestConfig, EvaluateConfig, LmEvalConfig, QuantiseConfig, RelearnConfig
 from gru_core.config.model import BenchmarkConfig, LoraConfig, ModelConfig
 from gru_core.config.study import (
-    BestConfig,
-    EvaluateConfig,
     FamilyConfig,
     OutputConfig,
     PrepareConfig,
-    QuantiseConfig,
-    RelearnConfig,
     RequestsConfig,
     SearchConfig,
     TrackConfig,
@@ -58,7 +55,7 @@ class RunConfig:
 
 
 __all__ = [
-    "BenchmarkConfig", "BestConfig", "EvaluateConfig", "FamilyConfig", "LoraConfig", "ModelConfig", "OutputConfig",
-    "PrepareConfig", "QuantiseConfig", "RectifyConfig", "RelearnConfig", "RequestsConfig", "RetainConfig", "RunConfig",
-    "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
+    "BenchmarkConfig", "BestConfig", "EvaluateConfig", "FamilyConfig", "LmEvalConfig", "LoraConfig", "ModelConfig",
+    "OutputConfig", "PrepareConfig", "QuantiseConfig", "RectifyConfig", "RelearnConfig", "RequestsConfig",
+    "RetainConfig", "RunConfig", "SearchConfig", "TrackConfig", "TrainConfig", "UnlearnConfig",
 ]  # fmt: skip

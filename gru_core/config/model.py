@@ -60,14 +60,16 @@ class BenchmarkConfig:
 
     __pydantic_config__ = STRICT
     name: str = "authors"
-    """``authors`` (built in), ``tofu``, ``muse`` or ``jsonl``."""
+    """``authors`` (built in), ``tofu``, ``muse``, ``wmdp`` or ``jsonl``."""
     split: str = "forget10"
     """Forget split: of ``authors`` and ``tofu``, ``forget01``, ``forget05`` or ``forget10``; of ``muse``, ``news`` or
     ``books``, with ``/scal_1`` to ``/scal_4`` (larger and larger forget sets) or ``/sust_1`` to ``/sust_4`` (one
-    request after the other) behind it."""
+    request after the other) behind it; of ``wmdp``, ``bio`` or ``cyber``, which keep general text, or ``bio-corpora``
+    or ``cyber-corpora``, which keep its retain corpora."""
     data_dir: str | None = None
     """``tofu``: a local folder of its JSON files; null loads ``locuslab/TOFU`` from the hub. ``muse``: a local folder
-    of ``<subset>/<split>`` files (JSON or Parquet); null loads ``muse-bench/MUSE-News`` or ``-Books``."""
+    of ``<subset>/<split>`` files (JSON or Parquet); null loads ``muse-bench/MUSE-News`` or ``-Books``. ``wmdp``: a
+    local folder of ``NAME.jsonl`` files with a column ``text`` (``cyber-forget-corpus.jsonl``, ``wikitext.jsonl``)."""
     forget: str | None = None
     """``jsonl``: file of rows to forget."""
     retain: str | None = None

@@ -19,6 +19,7 @@ from gru_core.metrics import (
     exact_memorization,
     extraction_strength,
     forget_quality,
+    lm_eval_tasks,
     measure,
     membership,
     muse,
@@ -67,14 +68,16 @@ MODEL_METRICS: dict[str, ModelMetric] = {
 
 
 def find(name: str) -> Metric | ModelMetric:
-    """The metric of this name.
+    """The metric of this name; ``lm_eval:TASK`` is one for every task of lm-eval.
 
     Raises:
         InputError: there is none.
     """
+    if name.startswith(lm_eval_tasks.PREFIX):
+        return lm_eval_tasks.metric(name.removeprefix(lm_eval_tasks.PREFIX))
     known: dict[str, Metric | ModelMetric] = {**METRICS, **MODEL_METRICS}
     if name not in known:
-        raise unknown("metric", name, known)
+        raise unknown("metric", name, [*known, lm_eval_tasks.EXAMPLE])
     return known[name]
 
 
@@ -102,9 +105,9 @@ def check_metrics(config: EvaluateConfig, has_retain_model: bool, benchmark: Ben
         ("unlearning", config.unlearning, "forget"),
         ("retention", config.retention, "utility"),
     ):
-        if find(name).role != role:
+        if find(name).role not in (role, "either"):
             allowed = ", ".join(sorted(n for n, m in METRICS.items() if m.role == role))
-            raise InputError(f"evaluate.{key}: got {name!r}, allowed: {allowed}")
+            raise InputError(f"evaluate.{key}: got {name!r}, allowed: {allowed}, {lm_eval_tasks.EXAMPLE}")
     for name in requested(config):
         check_metric(name, config, has_retain_model, benchmark)
 

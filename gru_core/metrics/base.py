@@ -17,7 +17,7 @@ Convention = Literal["original", "openunlearning"]
 """Whose conventions a number follows where published code differs (``evaluate.convention``)."""
 EPSILON: dict[Convention, float] = {"original": 0.0, "openunlearning": 1e-10}
 """What is added to the denominators of truth ratio, its inverse, choice probability and PrivLeak."""
-Role = Literal["forget", "utility", "report"]
+Role = Literal["forget", "utility", "either", "report"]
 
 LOST_NLL = 1e9
 """NLL, in nats, that stands for a token whose probability is not a number (a diverged model): finite, so that
@@ -223,7 +223,8 @@ class Metric:
 
     Attributes:
         role: ``forget``: forget-set metric, lower when forgotten, may be ``evaluate.unlearning``; ``utility``:
-            higher is better, may be ``evaluate.retention``; ``report``: shown, spans no trade-off.
+            higher is better, may be ``evaluate.retention``; ``either``: may be both; ``report``: shown, spans no
+            trade-off.
         needs: what has to be measured for it.
         compute: pure; never NaN or infinite.
         partial: whether it is still defined when the benchmark lacks some of ``needs`` (said in a note).

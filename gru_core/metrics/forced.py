@@ -89,21 +89,26 @@ def _filled(items: Sequence[R], room: int, length: Callable[[R], int], count: Ca
 
 
 def _score_batch(scorer: Scorer, rows: Sequence[TokenRow], tails: set[TokenRow], pad_id: int) -> list[Answer]:
-    """One forward pass, without the logits of positions before the first answer where the model can leave them out."""
+    """One forward pass, without the logits of positions before the first answer where the model can leave them out.
+
+    The last token predicts nothing and is not fed: a row may be one token longer than the model takes.
+    """
     batch = collate(rows, range(len(rows)), pad_id).to(scorer.device)
     first = min(r.prompt_length for r in rows) - 1
-    K = batch.ids_BT.shape[1] - first
-    options = {"logits_to_keep": K} if scorer.takes("logits_to_keep") else {}
-    logits = scorer.forward(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, **options).logits
+    ids_BT, mask_BT = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
+    K1 = ids_BT.shape[1] - first
+    options = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
+    logits = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **options).logits
     begin = [r.prompt_length - 1 - first for r in rows]
-    return _answers(logits[:, -K:], batch.labels_BT[:, first:], rows, begin, tails)
+    return _answers(logits[:, -K1:], batch.labels_BT[:, first:], rows, begin, tails)
 
 
 def _score_behind(
     scorer: Scorer, prompts: Sequence[Prompt], counts: Sequence[int], rows: Sequence[TokenRow], tails: set[TokenRow],
     pad_id: int,
 ) -> list[Answer]:  # fmt: skip
-    """Two forward passes: the prompts without their last tokens, then that token and the answer, for every answer."""
+    """Two forward passes: the prompts without their last tokens, then that token and the answer less its last one, for
+    every answer."""
     device = scorer.device
     S, P = max(map(len, prompts)) - 1, len(prompts)
     ids_PS = torch.full((P, S), pad_id)
@@ -121,23 +126,23 @@ def _score_behind(
     cache.batch_select_indices(index_B)
     after = [TokenRow(r.id, r.ids[r.prompt_length - 1 :], 1, r.has_eos) for r in rows]
     batch = collate(after, range(len(rows)), pad_id).to(device)
-    mask_BS = mask_PS[index_B]
-    place_BK = mask_BS.sum(1, keepdim=True) + torch.arange(batch.ids_BT.shape[1], device=device)
-    last_B1 = torch.tensor([[len(r.ids) - 1] for r in rows], device=device)  # padding has no position of its own
+    mask_BS, ids_BK1, mask_BK1 = mask_PS[index_B], batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
+    place_BK1 = mask_BS.sum(1, keepdim=True) + torch.arange(ids_BK1.shape[1], device=device)
+    last_B1 = torch.tensor([[len(r.ids) - 2] for r in rows], device=device)  # padding has no position of its own
     logits = scorer.forward(
-        input_ids=batch.ids_BT, attention_mask=torch.cat([mask_BS, batch.mask_BT], dim=1),
-        position_ids=place_BK.minimum(last_B1), past_key_values=cache, use_cache=True,
+        input_ids=ids_BK1, attention_mask=torch.cat([mask_BS, mask_BK1], dim=1),
+        position_ids=place_BK1.minimum(last_B1), past_key_values=cache, use_cache=True,
     ).logits  # fmt: skip
     return _answers(logits, batch.labels_BT, rows, [0] * len(rows), tails)
 
 
 def _answers(
-    logits_BKV: torch.Tensor, labels_BK: torch.Tensor, rows: Sequence[TokenRow], begin: Sequence[int],
+    logits_BK1V: torch.Tensor, labels_BK: torch.Tensor, rows: Sequence[TokenRow], begin: Sequence[int],
     tails: set[TokenRow],
 ) -> list[Answer]:  # fmt: skip
     """What logits and labels tell of each row; ``begin`` is the column that predicts its first answer token."""
-    device, K = logits_BKV.device, labels_BK.shape[1]
-    found = answer_tokens(logits_BKV, labels_BK, standard=any(row in tails for row in rows))
+    device, K = logits_BK1V.device, labels_BK.shape[1]
+    found = answer_tokens(logits_BK1V, labels_BK, standard=any(row in tails for row in rows))
     nll_BK1, hits_BK1 = _finite(found.nll), found.hits
     begin_B = torch.tensor(begin, device=device)
     length_B = torch.tensor([r.answer_length - r.has_eos for r in rows], device=device)

@@ -9,7 +9,7 @@ forced tokens), and goes on with logits that are not numbers. Shape legend: B ro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ def greedy(
     max_new_tokens: int,
     batch_rows: int,
     begun: Sequence[Sequence[int]] | None = None,
+    halt: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Arg-max continuation of each prompt, in order; stop tokens are left out.
 
-    A row ends at a token of ``stop``, after ``max_new_tokens``, where the model's positions end, or at logits that
-    are not finite.
+    A row ends at a token of ``stop``, after ``max_new_tokens``, where the model's positions end, at logits that are
+    not finite, or behind a token with which ``halt`` of all its tokens so far is true.
 
     Args:
         begun: the first tokens of each continuation, where they are known; a row that ends in them is done.
@@ -50,7 +51,7 @@ def greedy(
         chosen = order[start : start + batch_rows]
         rest = max_new_tokens - min(known[i] for i in chosen)
         batch = _Batch(scorer, [[*prompts[i], *out[i]] for i in chosen], pad_id, rest)
-        for place, tokens in zip(chosen, batch.run(stop), strict=True):
+        for place, tokens in zip(chosen, batch.run(stop, halt), strict=True):
             out[place] += tokens[: max_new_tokens - known[place]]
     return out
 
@@ -83,7 +84,7 @@ class _Batch:
         self.width = S
         self.cache: Any = None
 
-    def run(self, stop: Collection[int]) -> list[list[int]]:
+    def run(self, stop: Collection[int], halt: Callable[[Sequence[int]], bool] | None) -> list[list[int]]:
         stops = torch.tensor(sorted(stop), device=self.device, dtype=torch.int64)
         ended = torch.zeros_like(self.rows, dtype=torch.bool)
         for step in range(self.tokens.shape[1]):
@@ -91,6 +92,10 @@ class _Batch:
             token = token.masked_fill(~torch.isfinite(top), _ENDED)
             ended |= torch.isin(token, stops) | (token == _ENDED)
             self.tokens[self.rows, step] = token.masked_fill(ended, _ENDED)
+            if halt is not None:
+                made = self.tokens[self.rows, : step + 1].tolist()
+                said = [over or halt(row) for over, row in zip(ended.tolist(), made, strict=True)]
+                ended = torch.tensor(said, device=self.device)
             # the token just made is fed at the next position, if there is one
             ended |= self.positions[:, -1] >= self.last_position
             count = int(ended.sum())

@@ -73,13 +73,10 @@ def measure(
     tasks = _tasks(plain, tokenizer, benchmark, needs, config, model_config)
     done = progress.read(_digest(tasks, config, model_config, texts)) if progress else {}
     found = {i: RowScores.from_json(done[key]) for i, t in enumerate(tasks) if (key := _key(t, i)) in done}
-    device = group.device if is_sharded(model) else next(plain.parameters()).device  # shards may rest on the host
-    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=model_config.dtype == "bfloat16")
     # longest first: memory fails early, and rows of a part are of like lengths on every rank
     order = sorted(range(len(tasks)), key=lambda i: -_tokens(tasks[i]))
     mine: list[tuple[int, RowScores]] = []
-    with _evaluating(plain), bf16, lockstep(model, group) as forward:
-        scorer = Scorer(plain, forward, device)
+    with scoring(model, model_config, group) as scorer:
         for part in batched(group.share(order), PARTS * config.batch_rows):
             left = [i for i in part if i not in found]
             scores = _measure_part(scorer, tokenizer, [tasks[i] for i in left], config, texts)
@@ -120,7 +117,7 @@ def _measure_part(
 ) -> list[RowScores]:
     if not tasks:
         return []
-    forced = teacher_forced(scorer, *_asked(tasks), _pad_id(tokenizer), config.batch_rows)
+    forced = teacher_forced(scorer, *_asked(tasks), pad_id(tokenizer), config.batch_rows)
     made = _generated(scorer, tokenizer, tasks, forced, config)
     gradients = _gradients(scorer.model, tasks, scorer.device)
     return [_row(task, forced, made.get(task), gradients.get(task), texts) for task in tasks]
@@ -155,6 +152,17 @@ def batched(items: Sequence[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
+
+
+@contextmanager
+def scoring(model: nn.Module, model_config: ModelConfig, group: Group) -> Iterator[Scorer]:
+    """A window in which ``model``, wrapped or sharded, answers forward passes on every rank of ``group``, in evaluation
+    mode and in the type it computes in; see :func:`~gru_core.parallel.lockstep`."""
+    plain = unwrap(model)
+    device = group.device if is_sharded(model) else next(plain.parameters()).device  # shards may rest on the host
+    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=model_config.dtype == "bfloat16")
+    with _evaluating(plain), bf16, lockstep(model, group) as forward:
+        yield Scorer(plain, forward, device)
 
 
 @contextmanager
@@ -202,7 +210,7 @@ def _generated(
             scorer,
             [t.encoded.answer.ids[: t.encoded.answer.prompt_length] for t in asked],
             stop=stop_tokens(scorer.model, tokenizer),
-            pad_id=_pad_id(tokenizer),
+            pad_id=pad_id(tokenizer),
             max_new_tokens=generation.new_tokens or config.max_new_tokens,
             batch_rows=config.batch_rows,
             begun=[_begun(t.encoded.answer, forced[t.encoded.answer]) for t in asked],
@@ -227,7 +235,7 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     return {int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None}
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
     """Any token serves: padding is masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 

@@ -15,6 +15,9 @@ from gru_core.errors import ConfigError
 from gru_core.metrics.base import Role
 from gru_core.parallel import Group
 
+CHANCE = "chance"
+"""The further score that says what guessing scores: as ``evaluate.unlearning`` the end of forgetting."""
+
 
 class Score(Protocol):
     """Scores of metrics over rows, by name, of the model as it stands; all ranks call it together."""
