@@ -8,9 +8,10 @@ memorisation on the forget set and the retain set.
 
 The usual way, written for this comparison only: one pass for each metric, one answer at a time, in fixed batches of 32
 rows in the benchmark's order, padded on the right, float32 logits of all positions; generation with
-``model.generate`` in batches of 32, padded on the left. Passes that two metrics share (probability and truth ratio)
-are made once. Each side runs in a process of its own, turn about; time is without loading and tokenising nothing
-before, so that both sides tokenise within it. Peak memory is the growth of resident memory at its peak.
+``model.generate`` in batches of 32, padded on the left. Each metric makes the passes it needs, whatever another one
+made before; ``passes shared`` is the same with every answer's pass made once for all metrics that read it. Our side
+gets as many tokens a batch as 32 of the longest rows have. Each side runs in a process of its own, turn about; time is
+without loading the model, and with tokenising. Peak memory is the growth of resident memory at its peak.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from gru_core.batch import IGNORE, Row, encode
 from gru_core.benchmarks import load_benchmark
 from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.config import BenchmarkConfig, EvaluateConfig, ModelConfig
-from gru_core.metrics import evaluate
+from gru_core.metrics import evaluate, measure
 from gru_core.metrics.rouge import rouge_l_recall
+from gru_core.metrics.tokens import encode_row
 
 BATCH, NEW_TOKENS = 32, 200
 SETS = ("forget", "retain", "authors", "facts")
@@ -55,11 +57,16 @@ def batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 class Usual:
-    """One metric after the other, one answer at a time."""
+    """One metric after the other, one answer at a time.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    Args:
+        shared: make the pass over an answer once for all metrics that read it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, shared: bool) -> None:
+        self.model, self.tokenizer, self.shared = model, tokenizer, shared
         self.length = models.max_length(model)
+        self.made: dict[Any, list[float]] = {}
 
     def logits(self, rows: Sequence[tuple[EvalRow, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 logits of all positions that predict, and what they are to predict, off the answer ``IGNORE``."""
@@ -75,9 +82,11 @@ class Usual:
             out = self.model(input_ids=ids, attention_mask=mask).logits.float()
         return out[:, :-1], labels[:, 1:]
 
-    def nll(self, rows: Sequence[EvalRow], answer: Callable[[EvalRow], str]) -> list[float]:
+    def nll(self, rows: Sequence[EvalRow], name: str, answer: Callable[[EvalRow], str]) -> list[float]:
         """Mean NLL of an answer of each row."""
-        found: list[float] = []
+        if self.shared and name in self.made:
+            return self.made[name]
+        found = self.made[name] = []
         for batch in batches(rows):
             logits, labels = self.logits([(row, answer(row)) for row in batch])
             each = torch.nn.functional.cross_entropy(
@@ -85,6 +94,12 @@ class Usual:
             )
             found += (each.sum(1) / (labels != IGNORE).sum(1)).tolist()
         return found
+
+    def wrong(self, rows: Sequence[EvalRow], name: str) -> list[tuple[float, ...]]:
+        """Mean NLL of each wrong answer of each row."""
+        count = len(rows[0].perturbed)
+        columns = [self.nll(rows, f"{name} wrong {k}", lambda r, k=k: r.perturbed[k]) for k in range(count)]  # type: ignore[misc]
+        return list(zip(*columns, strict=True))
 
     def hits(self, rows: Sequence[EvalRow]) -> list[list[bool]]:
         """Arg-max hits of the answer's tokens before the closing one."""
@@ -115,26 +130,24 @@ class Usual:
         found: dict[str, float] = {}
         for name in SETS:
             rows = benchmark.scored[name]
-            answer = self.nll(rows, lambda r: r.answer)
-            wrong = [self.nll(rows, lambda r, k=k: r.perturbed[k]) for k in range(len(rows[0].perturbed))]  # type: ignore[misc]
             own = name in ("forget", "retain")
-            right = self.nll(rows, lambda r: str(r.paraphrase)) if own else answer
-            others = list(zip(*wrong, strict=True))
-            p, ratios = [math.exp(-a) for a in answer], []
-            for r, w in zip(right, others, strict=True):
-                ratios.append(math.exp(r - statistics.fmean(w)))
+            p = [math.exp(-a) for a in self.nll(rows, f"{name} answer", lambda r: r.answer)]
             if not own:
-                p = [a / (a + sum(math.exp(-x) for x in w)) for a, w in zip(p, others, strict=True)]
+                wrongs = self.wrong(rows, name)
+                p = [a / (a + sum(math.exp(-x) for x in w)) for a, w in zip(p, wrongs, strict=True)]
             found[f"{name}_probability"] = statistics.fmean(p)
+            right = self.nll(rows, f"{name} {'paraphrase' if own else 'answer'}", lambda r: r.paraphrase or r.answer)
+            wrongs = self.wrong(rows, name)
+            ratios = [math.exp(r - statistics.fmean(w)) for r, w in zip(right, wrongs, strict=True)]
             useful = [min(t, 1 / t) for t in ratios] if name == "forget" else [max(0.0, 1 - t) for t in ratios]
             found[f"{name}_truth_ratio"] = statistics.fmean(useful)
             found[f"{name}_rouge"] = self.rouge(rows)
             if own:
                 prefix = "" if name == "forget" else "retain_"
-                strengths = [_strength(hits) for hits in self.hits(rows)]  # a pass of its own for each metric
-                found[f"{prefix}extraction_strength"] = statistics.fmean(strengths)
-                exact = [statistics.fmean(hits) for hits in self.hits(rows)]
-                found[f"{prefix}exact_memorization"] = statistics.fmean(exact)
+                hits = self.hits(rows)
+                found[f"{prefix}extraction_strength"] = statistics.fmean(map(_strength, hits))
+                hits = hits if self.shared else self.hits(rows)
+                found[f"{prefix}exact_memorization"] = statistics.fmean(map(statistics.fmean, hits))
         parts = [found[f"{s}_{m}"] for s in SETS[1:] for m in ("probability", "rouge", "truth_ratio")]
         found["model_utility"] = statistics.harmonic_mean(parts)
         return found
@@ -153,19 +166,64 @@ def side(args: argparse.Namespace) -> dict[str, Any]:
     scored = {name: benchmark.scored[name][: args.rows] for name in SETS}
     benchmark = Benchmark(benchmark.name, benchmark.forget, benchmark.retain, scored)
     warm = Benchmark("warm", (), (), {name: rows[:2] for name, rows in scored.items()})
-    config = EvaluateConfig(metrics=METRICS, max_new_tokens=NEW_TOKENS)
+    config = EvaluateConfig(metrics=METRICS, max_new_tokens=NEW_TOKENS, batch_rows=BATCH)
 
     def ours(on: Benchmark) -> dict[str, float]:
         return evaluate(model, tokenizer, on, config, ModelConfig()).scores
 
-    work = ours if args.side == "ours" else Usual(model, tokenizer).scores
+    def usual(on: Benchmark) -> dict[str, float]:
+        return Usual(model, tokenizer, args.side == "shared").scores(on)
+
+    work = ours if args.side == "ours" else usual
     work(warm)
+    found = _watch(model) if args.side == "ours" else {}
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
     start = time.perf_counter()
     scores = work(benchmark)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_mib": (_resident("VmHWM") - before) / 1024, "scores": scores}
+    found |= {"seconds": seconds, "peak_mib": (_resident("VmHWM") - before) / 1024, "scores": scores}
+    if args.side == "ours":
+        found["least_tokens"] = _least(benchmark, tokenizer, models.max_length(model))
+    return found
+
+
+def _watch(model: Any) -> dict[str, Any]:
+    """Seconds of the parts of our side, and the tokens that it feeds, padding included."""
+    found: dict[str, Any] = {"parts": {}, "tokens": {"answers": 0, "generation": 0}}
+
+    def timed(name: str) -> None:
+        function = getattr(measure, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                found["parts"][name] = found["parts"].get(name, 0.0) + time.perf_counter() - start
+
+        setattr(measure, name, call)
+
+    for name in ("_tasks", "teacher_forced", "greedy"):
+        timed(name)
+
+    def count(_module: Any, _given: Any, named: dict[str, Any]) -> None:
+        ids = named["input_ids"]
+        found["tokens"]["answers" if ids.shape[1] > 1 else "generation"] += ids.numel()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return found
+
+
+def _least(benchmark: Benchmark, tokenizer: Any, length: int) -> int:
+    """Tokens that any evaluation has to feed: each prompt once, each answer less its last token once."""
+    least = 0
+    for rows in benchmark.scored.values():
+        for row in rows:
+            e = encode_row(tokenizer, row, length, ModelConfig(), True)
+            answers = [a for a in (e.answer, e.paraphrase, *e.perturbed) if a is not None]
+            least += e.answer.prompt_length + sum(a.answer_length - 1 for a in set(answers))
+    return least
 
 
 def _resident(key: str) -> int:
@@ -195,17 +253,20 @@ def once(args: argparse.Namespace, which: str) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    turns = [{which: once(args, which) for which in ("usual", "ours")} for _ in range(args.repeats)]
-    ratios = [turn["usual"]["seconds"] / turn["ours"]["seconds"] for turn in turns]
+    sides = ("usual", "shared", "ours")
+    turns = [{which: once(args, which) for which in sides} for _ in range(args.repeats)]
+    ratios = {w: [turn[w]["seconds"] / turn["ours"]["seconds"] for turn in turns] for w in sides[:2]}
     usual, ours = turns[0]["usual"]["scores"], turns[0]["ours"]["scores"]
     return {
         "date": date.today().isoformat(), "torch": torch.__version__, "processor": platform.processor(),
         "threads": args.threads, "rows": args.rows or 1017, "repeats": args.repeats,
-        "speedup": statistics.median(ratios), "speedups": ratios,
-        "seconds": {w: statistics.median(t[w]["seconds"] for t in turns) for w in ("usual", "ours")},
-        "peak_mib": {w: max(t[w]["peak_mib"] for t in turns) for w in ("usual", "ours")},
+        "speedup": statistics.median(ratios["usual"]), "speedups": ratios["usual"],
+        "speedup_passes_shared": statistics.median(ratios["shared"]),
+        "seconds": {w: statistics.median(t[w]["seconds"] for t in turns) for w in sides},
+        "peak_mib": {w: max(t[w]["peak_mib"] for t in turns) for w in sides},
         "largest_difference": max(abs(usual[name] - ours[name]) for name in usual),
-        "scores": ours,
+        "parts": turns[0]["ours"]["parts"], "tokens": turns[0]["ours"]["tokens"],
+        "least_tokens": turns[0]["ours"]["least_tokens"], "scores": ours,
     }  # fmt: skip
 
 
@@ -218,7 +279,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--profile", action="store_true", help="our side alone, where its time goes")
-    parser.add_argument("--side", choices=("ours", "usual"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", "usual", "shared"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.profile:
         args.side = "ours"
@@ -230,9 +291,9 @@ def main() -> None:
         if args.json:
             print(json.dumps(found, indent=1))
             return
-        print(
-            f"usual {found['seconds']['usual']:.1f} s, ours {found['seconds']['ours']:.1f} s: {found['speedup']:.2f} x"
-        )
+        seconds = found["seconds"]
+        print(f"usual {seconds['usual']:.1f} s, ours {seconds['ours']:.1f} s: {found['speedup']:.2f} x")
+        print(f"usual with passes shared {seconds['shared']:.1f} s: {found['speedup_passes_shared']:.2f} x")
         print(f"peak memory: usual {found['peak_mib']['usual']:.0f} MiB, ours {found['peak_mib']['ours']:.0f} MiB")
         print(f"largest difference of a score: {found['largest_difference']:.2g}")
 

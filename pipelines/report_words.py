@@ -87,6 +87,13 @@ SCORES: dict[str, Words] = {
     "quantise": Words("The forget metric after the weights were rounded to few bits.", LOWER),
 }
 
+_PARTS = {
+    "retention": Words("The retention metric after the same.", HIGHER),
+    "unseen": Words("The forget metric over those rows to forget that were not trained on again.", LOWER),
+    "loss": Words("The loss on the rows that were trained on again; 1e9 means that this training diverged.", ""),
+}
+"""What stands behind ``relearn/`` and ``quantise/N_bit_`` besides values of the forget metric."""
+
 _ROLES = {
     "forget": Words("A score on the rows to forget.", LOWER),
     "utility": Words("A score of the abilities that are to stay.", HIGHER),
@@ -96,12 +103,14 @@ _ROLES = {
 def score(name: str) -> Words:
     """The words for a score, by its name or what stands before its first ``/``; for one without words of its own those
     of its role, which say which direction is good."""
-    base = name.partition("/")[0]
+    base, _, part = name.partition("/")
+    if base in ("relearn", "relearn_retain", "quantise") and (found := _PARTS.get(part.rpartition("_")[2])):
+        return found
     if base.startswith(PREFIX):
         return Words(f"The score in the test {base.removeprefix(PREFIX)} of lm-eval; of choices the share right.", "")
-    found = SCORES.get(name) or SCORES.get(base)
+    words = SCORES.get(name) or SCORES.get(base)
     metric = METRICS.get(name) or METRICS.get(base)
-    return found or (_ROLES.get(metric.role) if metric else None) or Words("A further score of this study.", "")
+    return words or (_ROLES.get(metric.role) if metric else None) or Words("A further score of this study.", "")
 
 
 SETTINGS = {

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from gru_core import checkpoint
 from gru_core.config import EvaluateConfig, RunConfig, TrainConfig
 from gru_core.errors import ConfigError, InputError, StorageError
 from gru_core.parallel import Group
@@ -283,7 +284,7 @@ def test_ranks_go_by_what_rank_0_finds(tmp_path: Path) -> None:
     ],
 )
 def test_a_storage_error_names_the_last_checkpoint_once(tmp_path: Path, message: str, added: bool) -> None:
-    found = str(worker._with_checkpoint(StorageError(message), tmp_path))
+    found = str(checkpoint.named(StorageError(message), tmp_path))
     assert found == (f"{message}; the last whole checkpoint is none" if added else message)
 
 

@@ -100,6 +100,11 @@ def test_every_metric_has_words_of_its_own() -> None:
         good = {"forget": report_words.LOWER, "utility": report_words.HIGHER}.get(metric.role)
         assert good in (None, report_words.score(name).good), name
     assert report_words.score("relearn/step_3") == report_words.SCORES["relearn"]
+    assert report_words.score("quantise/4_bit") == report_words.SCORES["quantise"]
+    for name in ("relearn/retention", "quantise/4_bit_retention"):
+        assert report_words.score(name).good == report_words.HIGHER
+    assert report_words.score("relearn/loss").good == ""
+    assert "mmlu" in report_words.score("lm_eval:mmlu/stderr").meaning
     assert report_words.score("something new").good == ""
 
 
