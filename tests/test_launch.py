@@ -288,7 +288,7 @@ def test_a_storage_error_names_the_last_checkpoint_once(tmp_path: Path, message:
     assert found == (f"{message}; the last whole checkpoint is none" if added else message)
 
 
-def test_forget_quality_alone_is_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forget_quality_alone_is_a_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The retain model's forget quality is not measured, its truth ratios are; each metric once, in order."""
     asked: list[tuple[str, ...]] = []
 
@@ -308,6 +308,6 @@ def test_forget_quality_alone_is_a_baseline(monkeypatch: pytest.MonkeyPatch) -> 
         (("forget_truth_ratio", "rouge", "forget_quality"), ("forget_truth_ratio", "rouge")),
     ):
         config = replace(RunConfig(retain_model="there"), evaluate=EvaluateConfig(metrics=metrics))
-        inputs.measure_baseline(config, shared, Group())
+        inputs.measure_baseline(config, shared, Group(), tmp_path)
         assert asked == [expected, metrics]
         asked.clear()

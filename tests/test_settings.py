@@ -136,7 +136,8 @@ def test_flat_has_every_key_once_and_scalars_alone() -> None:
     assert all(isinstance(value, str | int | float | bool | None) for value in flat.values())
     lora = {f"model.lora.{name}" for name in ("rank", "alpha", "dropout", "targets")}
     empty = {"search.space", "search.families", "evaluate.lm_eval.data"}
-    assert set(settings.keys()) - set(flat) == empty | lora  # model.lora is null
+    best = {"evaluate.best.maximise", "evaluate.best.at_least"}
+    assert set(settings.keys()) - set(flat) == empty | lora | best  # model.lora and evaluate.best are null
 
 
 # ------------------------------------------------------------------------------------------------ refusals
