@@ -25,6 +25,7 @@ from gru_core.errors import InputError
 from gru_core.metrics import METRICS, Evaluation, evaluate, muse
 from gru_core.metrics.generate import greedy
 from gru_core.metrics.scorer import Scorer
+from gru_core.metrics.truth_ratio import log_truth_ratio
 from gru_core.parallel import Group, wrap
 
 OURS = tuple(name for name in METRICS if name not in muse.METRICS)  # MUSE's score rows of their own: test_muse.py
@@ -136,7 +137,8 @@ def test_every_row_equals_a_float64_loop(llama, tokenizer, bench, found):
         for row, got in zip(rows, found.measurements.rows(name), strict=True):
             assert got.id == row.id
             nll, tokens, hits = naive_row(exact, tokenizer, row, row.answer)
-            assert got.answer == (pytest.approx(nll, rel=1e-4, abs=1e-5), tokens)
+            assert got.answer == (pytest.approx(nll, rel=1e-5, abs=1e-5), tokens)
+            assert got.answer.probability == pytest.approx(math.exp(-nll / tokens), rel=1e-5)
             rest = [k for k in range(len(hits)) if all(hits[k:])]
             k = min(rest, default=len(hits))
             assert got.hits == (sum(hits), k, len(hits))
@@ -144,7 +146,7 @@ def test_every_row_equals_a_float64_loop(llama, tokenizer, bench, found):
             others = [row.paraphrase] if row.paraphrase else []
             expected = [naive_row(exact, tokenizer, row, text)[:2] for text in (*others, *row.perturbed)]
             measured = ([got.paraphrase] if got.paraphrase else []) + list(got.perturbed)
-            assert [m.nll for m in measured] == pytest.approx([e[0] for e in expected], rel=1e-4)
+            assert [m.nll for m in measured] == pytest.approx([e[0] for e in expected], rel=1e-5)
             assert [m.tokens for m in measured] == [e[1] for e in expected]
     for name, score in (("forget", "extraction_strength"), ("retain", "retain_extraction_strength")):
         assert found.scores[score] == pytest.approx(sum(strengths[name]) / len(strengths[name]))
@@ -160,11 +162,12 @@ def test_truth_ratio_scores_equal_the_loop(llama, tokenizer, bench, found):
         return nll / tokens
 
     ratios = []
-    for row in bench.scored["forget"]:
+    for row, got in zip(bench.scored["forget"], found.measurements.rows("forget"), strict=True):
         wrong = math.exp(-sum(per_token(row, p) for p in row.perturbed) / len(row.perturbed))
         ratios.append(wrong / math.exp(-per_token(row, row.paraphrase or row.answer)))
+        assert math.exp(log_truth_ratio(got)) == pytest.approx(ratios[-1], rel=1e-5)
     expected = sum(min(r, 1 / r) for r in ratios) / len(ratios)
-    assert found.scores["forget_truth_ratio"] == pytest.approx(expected, rel=1e-4)
+    assert found.scores["forget_truth_ratio"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_tails_and_gradients_equal_the_loop(llama, tokenizer, bench, found):
