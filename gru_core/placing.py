@@ -42,10 +42,12 @@ def place_frozen(
 ) -> nn.Module:
     """A model to evaluate or to compare with, spread as the trained one is; no gradients."""
     if train.strategy == "fsdp":
-        plain = replace(train, activation_checkpointing=False)
-        net = sharding.load(_path(start, what), replace(model, lora=None), plain, group, what=what)
+        net = sharding.load(_path(start, what), replace(model, lora=None), train, group, what=what)
     else:
-        net = _whole(start, model, what).to(group.device)
+        net = _whole(start, model, what)
+        if train.activation_checkpointing:  # a metric may train it for a while
+            checkpoint_activations(net)
+        net = net.to(group.device)
     net.eval().requires_grad_(False)
     return net
 

@@ -31,7 +31,7 @@ class Best:
     """The choice as all ranks make it, in step; what was chosen before a restart stands in the folder."""
 
     def __init__(self, rule: BestConfig | None, folder: Path, group: Group) -> None:
-        self.rule, self.file = rule, folder / NAME
+        self.rule, self.file, self.group = rule, folder / NAME, group
         self.found: dict[str, Any] | None = None
         if rule is not None:
             here = json.loads(self.file.read_text()) if group.rank == 0 and self.file.exists() else None
@@ -41,11 +41,18 @@ class Best:
         """Whether the model as it stands after ``step`` is the best so far; then it is to be kept."""
         if self.rule is None:
             return False
-        point = {"step": step, **{name: scores[name] for name in ("unlearning", "retention")}}
+        mine = {"step": step, **{name: scores[name] for name in ("unlearning", "retention")}}
+        point = self.group.gather(mine)[0]  # keeping a model is for all ranks or for none
         if not better(point, self.found, self.rule):
             return False
         self.found = {**point, "rule": self.rule.said}
         return True
+
+    def tags(self) -> dict[str, str]:
+        """What the record of the run says of it."""
+        if self.rule is None:
+            return {}
+        return {"gru.best": f"step {self.found['step']}" if self.found else "none", "gru.best.rule": self.rule.said}
 
     def store(self) -> None:
         """On rank 0, behind the model: what stands in :data:`MODEL` from now on."""

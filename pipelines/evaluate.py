@@ -17,11 +17,12 @@ from gru_core.config import EvaluateConfig, RunConfig
 from gru_core.metrics import METRICS, Evaluation, published, relearn
 from gru_core.parallel import Group
 from gru_core.placing import place_frozen
-from pipelines import alive, identity, output, prepare, provenance, ray_start, settings, tracking
+from pipelines import alive, identity, output, prepare, provenance, ray_start, search_inputs, settings, tracking
 from pipelines.courier import Courier
-from pipelines.inputs import EVALUATING, absolute, without_secrets
+from pipelines.inputs import absolute, without_secrets
 from pipelines.journal import Journal
 from pipelines.launch import Report, launch
+from pipelines.storage import EVALUATING
 
 Say = Callable[[str], None]
 SUMMARY, ROWS, RETAIN_ROWS = "summary.json", "rows.jsonl", "retain_rows.jsonl"
@@ -138,8 +139,8 @@ def _metrics(
     has_retain, asked = config.retain_model is not None, config.evaluate
     able, left = metrics.available(benchmark, has_retain, asked)
     if names is None:  # metrics that work on the model itself only where the config names them
-        names_of_model = [n for n in (*asked.metrics, *asked.final) if isinstance(metrics.find(n), metrics.ModelMetric)]
-        able = tuple(dict.fromkeys((*able, *names_of_model)))
+        of_model = [n for n in metrics.requested(asked) if isinstance(metrics.find(n), metrics.ModelMetric)]
+        able = tuple(dict.fromkeys((*able, *of_model)))
     else:
         able, left = tuple(names), ()
     for name in able:
@@ -169,7 +170,10 @@ def _task(job: Job, group: Group, report: Report) -> tuple[Evaluation, Evaluatio
     if config.retain_model is not None:
         retain = _score(config.retain_model, "--retain-model", job, benchmark, None, group)
     reference = retain.measurements if retain else None
-    return _score(config.model.path, "MODEL", job, benchmark, reference, group), retain
+    found = _score(config.model.path, "MODEL", job, benchmark, reference, group)
+    if job.texts and not (job.folder.parent / "config.yaml").exists():  # a machine that does not share the folder
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return found, retain
 
 
 def _score(
@@ -180,7 +184,8 @@ def _score(
     alive.follow(model)
     tokenizer = models.tokenizer_of(path, config.model, what)
     name = "model" if what == "MODEL" else "retain"
-    key = str(group.gather(identity.of_model(path))[0])
+    content = search_inputs.fingerprint(config, benchmark) if group.rank == 0 else ""
+    key = str(group.gather(f"{identity.of_model(path)} {content[:16]}")[0])
     return metrics.evaluate(
         model, tokenizer, benchmark, config.evaluate, config.model, group=group, reference=reference, texts=job.texts,
         progress=metrics.Progress(job.folder / name, key, group),

@@ -119,17 +119,12 @@ def load(config: RunConfig) -> Shared:
     )
 
 
-EVALUATING = ".evaluating"
-"""Folder in a run's folder: what an evaluation that is under way has measured."""
-
-
-def measure_baseline(config: RunConfig, shared: Shared, group: Group, kept: Path) -> Baseline:
+def measure_baseline(config: RunConfig, shared: Shared, group: Group, progress: Progress) -> Baseline:
     """Scores of the starting model and, where there is one, of the retain model, on all ranks of ``group``.
 
     Args:
-        kept: folder for what is measured until all is; see :class:`~gru_core.metrics.Progress`.
+        progress: keeps what is measured until all is.
     """
-    progress = Progress(kept, "baseline", group)
     retain: Evaluation | None = None
     if config.retain_model is not None:
         other = place_frozen(config.retain_model, config.model, config.train, group, "retain_model")

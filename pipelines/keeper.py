@@ -20,7 +20,7 @@ from gru_core.errors import StorageError
 from gru_core.parallel import Group
 from pipelines import alive, journal
 from pipelines.mirror import CHECKPOINTS, STATE, records, steps
-from pipelines.storage import WORK, Storage
+from pipelines.storage import EVALUATING, WORK, Storage
 
 JOURNAL_S = 30.0
 """Seconds that a journal line waits for its upload at most, where steps are short."""
@@ -67,7 +67,7 @@ class Keeper:
         """Leaves records of the storage and no others, and returns the checkpoint that all ranks start from."""
         with self._alone():
             for entry in self.folder.iterdir():
-                if entry.name not in (CHECKPOINTS, _LOCK):
+                if entry.name not in (CHECKPOINTS, EVALUATING, _LOCK):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             names = storage.names()
             storage.pull(self.folder, [*records(names)])

@@ -14,7 +14,7 @@ from pipelines.stores import hide
 from pipelines.tracked import Found
 from pipelines.tracking import Mlflow
 
-KINDS = ("run", "trial", "search")
+KINDS = ("run", "trial", "search", "request")
 RETAIN_MODEL = "retain_model/"
 NOTE = "gru.note."
 

@@ -62,11 +62,18 @@ def _result(told: Told, step: int) -> str:
         return "Only the starting model was evaluated: nothing is forgotten yet."
     kept = f"{left} of the starting model’s ability on what is to be kept is left ({ability})."
     if params.get("retain_model") is None:
+        if (chance := guessing(told)) is not None:
+            return f"Of what {metric} was at the start above guessing ({report.number(chance)}), {gone} is gone; {kept}"
         return f"On the rows to forget, {metric} has fallen by {gone} of its value at the start; {kept}"
     return (
         f"Of what sets the starting model apart from one that never saw the rows to forget, {gone} is gone "
         f"({metric}); {kept}"
     )
+
+
+def guessing(told: Told) -> float | None:
+    """What guessing scores in the study's forget metric, where that is known: forgetting then ends there."""
+    return told.record.metrics.get(0, {}).get(f"eval/{told.record.params.get('evaluate.unlearning')}/chance")
 
 
 def limits(told: Told, step: int | None, document: Document) -> list[tuple[str, str]]:
@@ -80,7 +87,9 @@ def limits(told: Told, step: int | None, document: Document) -> list[tuple[str, 
     scored = f"They rest on {' and '.join(asked)}{first}. " if asked else ""
     out.append(("What was measured", f"{scored}Abilities that no score asks for may have changed unseen."))
     if told.record.params.get("retain_model", "") is None:
-        out.append(("No retain model", _NO_RETAIN))
+        chance = guessing(told)
+        end = "0" if chance is None else f"what guessing scores ({report.number(chance)})"
+        out.append(("No retain model", _NO_RETAIN.format(end)))
     if document["data"]["include_scored"]:
         out.append(("Rows that score were trained on", _SCORED_TRAINED))
     if told.record.status == "collapsed":
@@ -95,7 +104,7 @@ _EXISTS = (
 )
 _NO_RETAIN = (
     "There was no model that never saw the rows to forget to compare with. An unlearning score of 1 then means that "
-    "the forget metric is 0, which such a model need not have."
+    "the forget metric is {}, which such a model need not have."
 )
 _SCORED_TRAINED = (
     "The rows that score what is kept were also trained on to keep it (retain.include_scored, as published protocols "

@@ -95,7 +95,7 @@ def check_data(request: Request) -> None:
     build_objective(config.unlearn)
     build_rule(config.rectify)
     inputs = list(package.find_inputs(config))  # refuses missing files and folders
-    local = config.benchmark.name not in ("tofu", "muse") or config.benchmark.data_dir is not None
+    local = config.benchmark.name not in ("tofu", "muse", "wmdp") or config.benchmark.data_dir is not None
     data = [item for item in inputs if item.key.startswith("benchmark.")]
     if not local or not all(item.files for item in data):
         return  # rows on a hub or only on the cluster: the job itself checks them

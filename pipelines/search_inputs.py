@@ -11,9 +11,12 @@ from typing import Any
 from gru_core.benchmarks.base import Benchmark
 from gru_core.config import RetainConfig, RunConfig
 from gru_core.errors import InputError
+from gru_core.metrics import Progress
+from gru_core.parallel import Group
 from pipelines import identity, space
 from pipelines.prepare import cache_folder
 from pipelines.space import Family
+from pipelines.storage import EVALUATING
 
 Say = Callable[[str], None]
 Retain = tuple[RetainConfig, int]
@@ -63,7 +66,7 @@ def load(config: RunConfig, retains: Sequence[Retain], gpus: float) -> tuple[Any
 
     from gru_core.benchmarks import load_benchmark, retain_subset
     from gru_core.metrics import trade_off
-    from gru_core.parallel import Group, current_group
+    from gru_core.parallel import current_group
     from pipelines import inputs
 
     torch.set_num_threads(config.train.cpus_per_worker)
@@ -73,7 +76,7 @@ def load(config: RunConfig, retains: Sequence[Retain], gpus: float) -> tuple[Any
     if shared.packed is None:
         return shared, rows  # no process holds the whole model: each trial's workers score it together
     group = current_group() if gpus else Group()
-    baseline = inputs.measure_baseline(config, shared, group, kept(config, benchmark))
+    baseline = inputs.measure_baseline(config, shared, group, kept(config, benchmark, group))
     trade_off(baseline.start.scores, baseline, config.evaluate)
     return shared.with_baseline(baseline), rows
 
@@ -137,16 +140,21 @@ def fingerprint(config: RunConfig, benchmark: Benchmark) -> str:
     ]
     asked = [(task, _digest(Path(file))) for task, file in sorted(config.evaluate.lm_eval.data.items())]
     folder = config.evaluate.lm_eval.include_path
-    asked += [
-        (file.name, _digest(file)) for file in (sorted(Path(folder).rglob("*")) if folder else ()) if file.is_file()
-    ]
+    files = sorted(Path(folder).expanduser().rglob("*.yaml")) if folder else ()
+    asked += [(file.name, _digest(file)) for file in files if file.is_file()]
     text = json.dumps([benchmark.fingerprint(), scored, models, *([asked] if asked else [])])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def kept(config: RunConfig, benchmark: Benchmark) -> Path:
-    """Where the end points of these inputs are kept while they are measured: there is no output folder yet."""
-    return cache_folder() / "evaluating" / fingerprint(config, benchmark)[:16]
+def kept(config: RunConfig, benchmark: Benchmark, group: Group, folder: Path | None = None) -> Progress:
+    """Where the end points of these inputs are kept while they are measured.
+
+    Args:
+        folder: of the run; None: there is none yet, and they are kept in the cache.
+    """
+    content = group.gather(fingerprint(config, benchmark)[:16] if group.rank == 0 else "")[0]
+    where = cache_folder() / "evaluating" / content if folder is None else folder / EVALUATING / content
+    return Progress(where, content, group)
 
 
 def _digest(file: Path) -> str:

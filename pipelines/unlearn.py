@@ -209,7 +209,8 @@ def _inputs(config: RunConfig, resumed: Path | None, gpus: float, say: Say) -> A
         shared = inputs.load(config)
         if known is None and shared.packed is None:
             return shared  # no process holds the whole model: the workers score it together
-        baseline = known or inputs.measure_baseline(config, shared, group, search_inputs.kept(config, shared.benchmark))
+        kept = search_inputs.kept(config, shared.benchmark, group)
+        baseline = known or inputs.measure_baseline(config, shared, group, kept)
         trade_off(baseline.start.scores, baseline, config.evaluate)
         return shared.with_baseline(baseline)
 

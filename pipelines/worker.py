@@ -21,12 +21,12 @@ from gru_core.objectives import build_objective
 from gru_core.parallel import Group, current_group, unwrap
 from gru_core.placing import frozen, place
 from gru_core.retain import build_retain_loss
-from pipelines import alive, best, inputs, provenance, settings, stopping
+from pipelines import alive, best, inputs, journal, provenance, search_inputs, settings, stopping
 from pipelines.inputs import Shared
 from pipelines.journal import Journal, points
 from pipelines.keeper import Keeper
 from pipelines.launch import Report, silent
-from pipelines.storage import Storage
+from pipelines.storage import EVALUATING, Storage
 
 Result = dict[str, Any]
 
@@ -107,7 +107,8 @@ def work(
     shared = shared or inputs.load(config)
     baseline = shared.baseline or baseline
     if baseline is None:
-        baseline = inputs.measure_baseline(config, shared, group, folder / inputs.EVALUATING)
+        kept = search_inputs.kept(config, shared.benchmark, group, folder)
+        baseline = inputs.measure_baseline(config, shared, group, kept)
         trade_off(baseline.start.scores, baseline, config.evaluate)  # nothing to forget is bad input, too
     try:
         stop = stopping.polled(folder, stop_in, storage=_stop_storage(config, name, stop_in, group))
@@ -155,6 +156,7 @@ class _Work:
     def go(self, name: str, tags: dict[str, str], keep_model: bool, stop: Callable[[], bool]) -> Result:
         if self.lead:
             self._open(name, tags)
+        self.mark = str(self.group.gather((journal.head(self.folder) or {}).get("key") if self.lead else None)[0])
         self.group.barrier()
         config, shared = self.config, self.shared
         subset = retain_subset(shared.benchmark, config.retain, config.train.seed)
@@ -222,7 +224,7 @@ class _Work:
 
     def _evaluate(self, step: int, last: bool) -> None:
         # a step is the same model whenever it is reached, but for rounding on GPUs or with other workers
-        progress = Progress(self.folder / inputs.EVALUATING, f"step {step}", self.group)
+        progress = Progress(self.folder / EVALUATING, f"{self.mark} step {step}", self.group)
         begins = step == 0 and self.config.evaluate.start is None
         found = self.baseline.start if begins else self._measure(progress, last)
         ends = trade_off(found.scores, self.baseline, self.config.evaluate)
@@ -268,7 +270,7 @@ class _Work:
             self._save_model()
         if self.journal:
             result["points"] = points(self.folder)
-            self.journal.tags({"gru.status": status})
+            self.journal.tags({"gru.status": status} | self.best.tags())
             self.journal.status(status)
             self.keeper.store()
             part = self.folder / ".scores.json"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from safetensors.torch import load_file
 
 from gru_core.config import BestConfig, RunConfig
 from gru_core.errors import ConfigError
-from gru_core.metrics import METRICS
+from gru_core.metrics import METRICS, Progress, measure
 from gru_core.parallel import Group
-from pipelines import prepare, settings, worker
+from pipelines import inputs, journal, prepare, settings, worker
 from pipelines.best import Best, better
 from tests.study import Study
 
@@ -75,6 +77,51 @@ def test_it_is_kept_beside_the_last_one(study: Study, tmp_path: Path) -> None:
     again = Best(config.evaluate.best, tmp_path / "one", Group())  # after a restart
     assert again.found == result["best"]
     assert not again.takes(best["step"], best), "evaluated again, it is the same"
+
+
+def test_of_adapters_the_best_adapter_is_kept(study: Study, tmp_path: Path) -> None:
+    config = config_of(
+        study, tmp_path, "unlearn.steps=2", "unlearn.evaluate_every=1", "unlearn.lr=5.0e-3", "model.lora.rank=2",
+        "evaluate.best={maximise: unlearning, at_least: 0.0}", "rectify.rule=none",
+    )  # fmt: skip
+    result = worker.work(config, tmp_path / "one", keep_model=True, group=Group())
+    kept, last = (load_file(tmp_path / "one" / name / "adapter_model.safetensors") for name in ("best", "model"))
+    assert result["best"]["step"] in (1, 2)
+    assert all(torch.equal(kept[n], last[n]) for n in kept) is (result["best"]["step"] == 2)
+    head = journal.load(tmp_path / "one")
+    assert head.tags["gru.best"] == f"step {result['best']['step']}"
+
+
+def test_what_another_run_left_here_is_not_its_own(study: Study, tmp_path: Path, monkeypatch: Any) -> None:
+    """As on a machine whose copy of an earlier run in shared storage nobody cleaned."""
+    work = measure._measure_part
+    calls: list[int] = []
+
+    def part(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(*given)
+
+    monkeypatch.setattr(measure, "PARTS", 1)
+    first = config_of(study, tmp_path, "unlearn.steps=1", "evaluate.batch_rows=2")
+    folder = tmp_path / "one"
+    shared = inputs.load(first)
+    shared = shared.with_baseline(
+        inputs.measure_baseline(first, shared, Group(), Progress(tmp_path / "b", "b", Group()))
+    )
+    monkeypatch.setattr(measure, "_measure_part", part)
+    with pytest.raises(KeyboardInterrupt):
+        worker.work(first, folder, shared=shared, group=Group())
+    left = folder / ".evaluating"
+    assert list(left.rglob("rank-0.jsonl"))
+    for entry in folder.iterdir():
+        if entry != left:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    monkeypatch.setattr(measure, "_measure_part", work)
+    other = replace(first, unlearn=replace(first.unlearn, lr=5e-3))
+    found = worker.work(other, folder, shared=shared, group=Group())["scores"]
+    assert found == worker.work(other, tmp_path / "two", shared=shared, group=Group())["scores"]
 
 
 def test_where_nothing_is_good_enough_there_is_none(study: Study, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from gru_core import checkpoint
 from gru_core.config import EvaluateConfig, RunConfig, TrainConfig
 from gru_core.errors import ConfigError, InputError, StorageError
+from gru_core.metrics import Progress
 from gru_core.parallel import Group
 from pipelines import alive, capacity, cli, exits, inputs, launch, ray_start, worker
 
@@ -308,6 +309,6 @@ def test_forget_quality_alone_is_a_baseline(monkeypatch: pytest.MonkeyPatch, tmp
         (("forget_truth_ratio", "rouge", "forget_quality"), ("forget_truth_ratio", "rouge")),
     ):
         config = replace(RunConfig(retain_model="there"), evaluate=EvaluateConfig(metrics=metrics))
-        inputs.measure_baseline(config, shared, Group(), tmp_path)
+        inputs.measure_baseline(config, shared, Group(), Progress(tmp_path, "these", Group()))
         assert asked == [expected, metrics]
         asked.clear()

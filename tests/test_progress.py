@@ -166,3 +166,7 @@ def test_a_metric_on_the_model_is_run_once(model, monkeypatch, tmp_path: Path) -
     assert calls == ["first", "second", "second"]
     assert found.scores["second/part"] == found.scores["first/part"] == found.scores["forget_probability"]
     assert "second" not in run(model, None, config, final=False).scores
+    other = replace(qa_benchmark(), forget=qa_benchmark().forget[1:])
+    progress = Progress(tmp_path, "step 5", Group())
+    evaluate(model, small.tokenizer(), other, config, ModelConfig(), progress=progress)
+    assert calls[4:] == ["first", "second"], "other rows are another evaluation"

@@ -91,6 +91,15 @@ def test_unseen_rows_and_retention_are_of_the_model_after_the_last_step() -> Non
     assert "relearn/unseen" not in every
 
 
+def test_of_rows_of_another_form_nobody_says_that_they_were_not_learned() -> None:
+    bench = robust.benchmark()
+    bench = replace(bench, scored={**bench.scored, "forget_knowmem": bench.scored["forget"]})
+    settings = replace(robust.config("relearn", relearn=QUICK), unlearning="forget_knowmem")
+    scores = evaluate(robust.model(), robust.tokenizer(), bench, settings, ModelConfig()).scores
+    assert "relearn/step_5" in scores
+    assert "relearn/unseen" not in scores
+
+
 def test_subsets_are_nested_and_of_the_right_rows() -> None:
     bench = robust.benchmark()
     small_share, large = (forget_rows(bench, replace(QUICK, share=s)) for s in (0.25, 0.75))

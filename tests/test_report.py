@@ -23,6 +23,7 @@ from gru_core.metrics import METRICS
 from pipelines import cli, provenance, report_models, report_page, report_words
 from pipelines.courier import deliver_all
 from pipelines.delivery import Delivery, remembered
+from pipelines.journal import Journal
 from pipelines.tracking import Mlflow
 from tests.mlflow_server import empty_store, free_port
 from tests.report_page import END, ENDS, RETAIN, ROBUST, ROWS, START, Page, write_run
@@ -279,6 +280,21 @@ def test_what_is_no_page_of_ours_is_not_replaced(tmp_path: Path) -> None:
     assert not (folder / "report.html").exists()
     made(folder, output=str(tmp_path / "new" / "page.html"))
     made(folder, output=str(tmp_path / "new" / "page.html"))
+
+
+def test_one_of_several_requests_is_a_run(tmp_path: Path) -> None:
+    made(write_run(tmp_path / "01-forget01", tags={"gru.kind": "request"}))
+    assert (tmp_path / "01-forget01" / "report.html").exists()
+
+
+def test_without_a_retain_model_forgetting_ends_at_what_guessing_scores(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", retain=False, values={"evaluate.unlearning": "lm_eval:wmdp_cyber"})
+    with Journal(folder) as journal:
+        journal.metrics(0, {"eval/lm_eval:wmdp_cyber/chance": 0.25})
+    made(folder)
+    text = (folder / "report.html").read_text()
+    assert "above guessing (0.25)" in text
+    assert "the forget metric is what guessing scores (0.25)" in text
 
 
 @pytest.mark.parametrize("kind", ["evaluation", None])

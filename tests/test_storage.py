@@ -27,7 +27,7 @@ from gru_core.parallel import Group
 from pipelines import alive, export, journal, output, stopping, storage, unlearn
 from pipelines.keeper import Keeper
 from pipelines.mirror import Mirror
-from pipelines.storage import Storage
+from pipelines.storage import EVALUATING, Storage
 from tests.ray_head import can_hide, start_head, start_node
 from tests.study import Study, final_weights, gru
 
@@ -563,6 +563,17 @@ def test_every_rank_stores_its_own_part(tmp_path: Path, monkeypatch: pytest.Monk
         return sorted(p.relative_to(mine.folder / "checkpoints").as_posix() for p in mine.folder.rglob("step-*/*"))
 
     assert _ranks(2, stale) == [[f"step-00000006/{name}" for name in names]] * 2
+
+
+def test_what_an_evaluation_has_measured_stays_on_its_machine(tmp_path: Path) -> None:
+    mine = Keeper(Storage(str(tmp_path / "there")).uri, tmp_path / "machine", Group())
+    kept = mine.folder / EVALUATING / "rows" / "rank-0.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("measured")
+    (mine.folder / "left over").touch()
+    mine.fetch()  # as a restart does
+    assert kept.read_text() == "measured"
+    assert not (mine.folder / "left over").exists()
 
 
 def test_a_journal_line_comes_after_the_file_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

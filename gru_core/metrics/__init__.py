@@ -6,6 +6,7 @@ A new metric over rows is one file and one line in ``METRICS``; one that works o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -206,10 +207,18 @@ def evaluate(
     subject = Subject(model, tokenizer, benchmark, config, model_config, group, score)
     of_model = {name: metric for name, metric in chosen.items() if isinstance(metric, ModelMetric)}
     kept = progress.within("model") if progress and of_model else None
-    done = kept.read(repr((config, model_config))) if kept else {}
+    done = kept.read(_digest(benchmark, config, model_config)) if kept else {}
     for name, metric in of_model.items():
         scores |= done[name] if name in done else _run(name, metric, subject, kept)
     return replace(found, scores=scores)
+
+
+def _digest(benchmark: Benchmark, config: EvaluateConfig, model_config: ModelConfig) -> str:
+    """Of what metrics on the model depend on, besides its weights; a hash, since rows are in it."""
+    scored = [(name, [(r.prompt, r.answer, r.paraphrase, r.perturbed) for r in rows])
+              for name, rows in sorted(benchmark.scored.items())]  # fmt: skip
+    said = repr((config, model_config, benchmark.fingerprint(), scored))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _run(name: str, metric: ModelMetric, subject: Subject, kept: Progress | None) -> Mapping[str, float]:

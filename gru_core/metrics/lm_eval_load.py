@@ -103,7 +103,7 @@ def _load(name: str, config: LmEvalConfig) -> Loaded:
     except InputError:
         raise
     except Exception as error:  # of any of the libraries below lm-eval; texts of rows may stand in their messages
-        raise _not_loaded(name, [task for task in below if task not in config.data], error) from error
+        raise _not_loaded(name, [task for task in below if task not in config.data], error) from None
     finally:
         index |= before  # it may serve other tasks, with other data
     tasks, groups = found["tasks"], found.get("groups", {})

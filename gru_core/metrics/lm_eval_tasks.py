@@ -75,9 +75,9 @@ def _run(name: str, subject: Subject) -> dict[str, float]:
                 lm=Adapter(subject, f"{PREFIX}{name}"), task_dict={"tasks": tasks, "groups": loaded.groups},
                 limit=subject.config.lm_eval.limit, bootstrap_iters=1, log_samples=False,
             )  # fmt: skip
-        except InputError:
+        except (InputError, RuntimeError, MemoryError):
             raise
-        except (LookupError, TypeError, ValueError) as error:  # their messages may hold what stands in a row
+        except Exception as error:  # of lm-eval and what it calls; their messages may hold what stands in a row
             raise RuntimeError(f"{PREFIX}{name}: lm-eval failed ({type(error).__name__})") from None
     return scores(loaded, found["results"], tasks)
 

@@ -87,7 +87,12 @@ def _retain(subject: Subject) -> dict[str, float]:
 
 
 def _without(subject: Subject, rows: Sequence[Row]) -> Benchmark | None:
-    """The benchmark without the scored forget rows that are learned; None where no other would be left."""
+    """The benchmark without the scored forget rows that are learned; None where no other would be left, or where the
+    forget metric reads rows of another form (MUSE's), of which nobody can say which were learned."""
+    from gru_core.metrics import METRICS  # which imports this
+
+    if any(need.set != "forget" for need in METRICS[subject.config.unlearning].needs):
+        return None
     benchmark, learned = subject.benchmark, {key(row) for row in rows}
     left = tuple(r for r in scored_rows(benchmark, "forget", subject.config.rows) if key(r) not in learned)
     return replace(benchmark, scored={**benchmark.scored, "forget": left}) if left else None
