@@ -179,10 +179,15 @@ def side(args: argparse.Namespace) -> dict[str, Any]:
     found = _watch(model) if args.side == "ours" else {}
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     scores = work(benchmark)
-    seconds = time.perf_counter() - start
-    found |= {"seconds": seconds, "peak_mib": (_resident("VmHWM") - before) / 1024, "scores": scores}
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    found |= {
+        "seconds": seconds,
+        "cpu_seconds": used,
+        "peak_mib": (_resident("VmHWM") - before) / 1024,
+        "scores": scores,
+    }
     if args.side == "ours":
         found["least_tokens"] = _least(benchmark, tokenizer, models.max_length(model))
     return found
@@ -262,6 +267,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads, "rows": args.rows or 1017, "repeats": args.repeats,
         "speedup": statistics.median(ratios["usual"]), "speedups": ratios["usual"],
         "speedup_passes_shared": statistics.median(ratios["shared"]),
+        "speedup_cpu": statistics.median(t["usual"]["cpu_seconds"] / t["ours"]["cpu_seconds"] for t in turns),
+        "cpu_seconds": {w: statistics.median(t[w]["cpu_seconds"] for t in turns) for w in sides},
         "seconds": {w: statistics.median(t[w]["seconds"] for t in turns) for w in sides},
         "peak_mib": {w: max(t[w]["peak_mib"] for t in turns) for w in sides},
         "largest_difference": max(abs(usual[name] - ours[name]) for name in usual),

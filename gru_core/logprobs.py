@@ -101,6 +101,8 @@ class AnswerTokens(NamedTuple):
 
 ELEMENTS = 1 << 24
 """Most logits that :func:`answer_tokens` holds in float32 at a time."""
+CACHED = 1 << 19
+"""The same on a CPU, whose cache then holds them from one pass to the next; a GPU wants few calls."""
 
 
 @torch.no_grad()
@@ -113,7 +115,8 @@ def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: b
     T = labels_BT.shape[1]
     place_N = place_N - place_N // T * (T - logits_BTV.shape[1])
     flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-    slices = torch.arange(len(place_N), device=place_N.device).split(max(1, ELEMENTS // flat.shape[1]))
+    room = CACHED if place_N.device.type == "cpu" else ELEMENTS
+    slices = torch.arange(len(place_N), device=place_N.device).split(max(1, room // flat.shape[1]))
     found = [_tokens(flat.index_select(0, place_N[n]), targets_N[n], standard) for n in slices]
     nll_N, top_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
     scattered = _scatter(standard_N, labels_BT) if standard else None

@@ -6,8 +6,9 @@ answer token), K1 = K - 1 predicted tokens, V vocabulary; P prompts, S cached po
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -49,9 +50,9 @@ def teacher_forced(
 ) -> Forced:
     """Scores of every row of ``rows``; those in ``tails`` with their tails.
 
-    A prompt with several answers goes through the model once, and its answers follow in one batch behind its key-value
-    cache, where the model has one. Batches are of like lengths and filled by tokens: at most as many as ``batch_rows``
-    of the longest row.
+    A prompt with several answers goes through the model once, and its answers follow behind its key-value cache, where
+    the model has one. Batches are of like lengths, whatever the prompts, and filled by tokens: at most as many as
+    ``batch_rows`` of the longest row.
     """
     rows = list(rows)
     room = batch_rows * max((len(r.ids) for r in rows), default=0)
@@ -65,12 +66,16 @@ def teacher_forced(
     alone.sort(key=lambda r: (-len(r.ids), r.prompt_length))
     for batch in _filled(alone, room, lambda r: len(r.ids), lambda r: 1):
         out |= zip(batch, _score_batch(scorer, batch, tails, pad_id), strict=True)
-    prompts = sorted(shared, key=lambda p: (-max(r.answer_length for r in shared[p]), -len(p)))
-    length = {p: len(p) + max(r.answer_length for r in shared[p]) for p in prompts}
-    for chunk in _filled(prompts, room, length.__getitem__, lambda p: len(shared[p])):
-        together = [row for prompt in chunk for row in shared[prompt]]
-        counts = [len(shared[prompt]) for prompt in chunk]
-        out |= zip(together, _score_behind(scorer, chunk, counts, together, tails, pad_id), strict=True)
+    # half the room: the prompts' cache stays while their answers pass
+    for prompts in _filled(sorted(shared, key=len, reverse=True), room // 2, len, lambda p: 1):
+        cache, mask_PS = _passed(scorer, prompts, pad_id)
+        before = mask_PS.shape[1]
+        behind = [(row, p) for p, prompt in enumerate(prompts) for row in shared[prompt]]
+        behind.sort(key=lambda pair: -pair[0].answer_length)
+        for pairs in _filled(behind, room, lambda pair, S=before: S + pair[0].answer_length, lambda pair: 1):  # type: ignore[misc]
+            together = [row for row, _ in pairs]
+            scores = _score_behind(scorer, cache, mask_PS, [p for _, p in pairs], together, tails, pad_id)
+            out |= zip(together, scores, strict=True)
     return out
 
 
@@ -103,12 +108,8 @@ def _score_batch(scorer: Scorer, rows: Sequence[TokenRow], tails: set[TokenRow],
     return _answers(logits[:, -K1:], batch.labels_BT[:, first:], rows, begin, tails)
 
 
-def _score_behind(
-    scorer: Scorer, prompts: Sequence[Prompt], counts: Sequence[int], rows: Sequence[TokenRow], tails: set[TokenRow],
-    pad_id: int,
-) -> list[Answer]:  # fmt: skip
-    """Two forward passes: the prompts without their last tokens, then that token and the answer less its last one, for
-    every answer."""
+def _passed(scorer: Scorer, prompts: Sequence[Prompt], pad_id: int) -> tuple[Any, torch.Tensor]:
+    """The cache behind the prompts without their last tokens, and the mask (P, S) of what stands in it."""
     device = scorer.device
     S, P = max(map(len, prompts)) - 1, len(prompts)
     ids_PS = torch.full((P, S), pad_id)
@@ -122,7 +123,18 @@ def _score_behind(
         input_ids=ids_PS, attention_mask=mask_PS, position_ids=(mask_PS.cumsum(1) - 1).clamp(min=0), use_cache=True,
         **options,
     ).past_key_values  # fmt: skip
-    index_B = torch.arange(P, device=device).repeat_interleave(torch.tensor(counts, device=device))
+    return cache, mask_PS
+
+
+def _score_behind(
+    scorer: Scorer, prompts: Any, mask_PS: torch.Tensor, places: Sequence[int], rows: Sequence[TokenRow],
+    tails: set[TokenRow], pad_id: int,
+) -> list[Answer]:  # fmt: skip
+    """One forward pass behind the cache ``prompts``: the last token of each answer's prompt, and the answer less its
+    last one; ``places`` are the answers' prompts."""
+    device = scorer.device
+    index_B = torch.tensor(places, device=device)
+    cache = copy.deepcopy(prompts)  # a pass adds to it
     cache.batch_select_indices(index_B)
     after = [TokenRow(r.id, r.ids[r.prompt_length - 1 :], 1, r.has_eos) for r in rows]
     batch = collate(after, range(len(rows)), pad_id).to(device)
