@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def newest(name: str) -> dict[str, Any]:
     """The latest of ``benchmarks/results/DATE-NAME-cpu.json``."""
     file = sorted((ROOT / "benchmarks" / "results").glob(f"????-??-??-{name}-cpu.json"))[-1]
-    assert f"results/{file.name}" in (ROOT / "docs" / "scaling.md").read_text() or name in ("step", "search")
+    assert f"results/{file.name}" in (ROOT / "docs" / "scaling.md").read_text() or name in (
+        "step",
+        "search",
+        "evaluate",
+    )
     return json.loads(file.read_text())
 
 
@@ -53,6 +57,17 @@ def test_the_cost_of_workers() -> None:
     assert all(p["bytes"]["gru"] == p["bytes"]["sum"] for p in points.values()), (
         "rectification sends nothing of its own"
     )
+
+
+def test_the_cost_of_an_evaluation() -> None:
+    found = newest("evaluate")
+    assert f"| {found['speedup']:.1f} x as fast |" in row("TOFU's whole evaluation")
+    peak = found["peak_mib"]
+    assert f"| {peak['ours'] / peak['usual']:.2f} x |" in row("its peak memory, over the same")
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for side, name in (("usual", "usual"), ("shared", "usual, passes shared between metrics"), ("ours", "ours")):
+        assert f"| {name} | {found['seconds'][side]:.1f} | {peak[side]:.0f} |" in page
+    assert found["largest_difference"] < 1e-5
 
 
 def test_the_accuracy_of_plans() -> None:
