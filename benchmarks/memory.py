@@ -31,6 +31,7 @@ from gru_core import adapters, cost, models, parallel, sharding, size
 from gru_core.batch import TokenRow
 from gru_core.blocks import checkpoint_activations
 from gru_core.config import LoraConfig, ModelConfig, RectifyConfig, RetainConfig, RunConfig, TrainConfig, UnlearnConfig
+from gru_core.logprobs import CACHED, ELEMENTS
 from gru_core.losses import Rows
 from gru_core.metrics.forced import teacher_forced
 from gru_core.metrics.generate import greedy
@@ -103,13 +104,13 @@ CASES = {
     "lora, kl, checkpointing": Case(lora=True, retain_loss="kl", checkpointing=True),
     "ddp, 2 workers": Case(workers=2),
     "fsdp, 2 workers": Case(workers=2, strategy="fsdp"),
-    "evaluation": Case(micro_batch=2, evaluated=64),
+    "evaluation": Case(micro_batch=2, evaluated=128),
     "evaluation, bfloat16": Case(micro_batch=2, evaluated=64, dtype="bfloat16"),
     "evaluation, generating": Case(micro_batch=2, evaluated=32, generated=64),
 }
 
 
-def predict(case: Case) -> cost.Memory:
+def predict(case: Case, device: str = "cpu") -> cost.Memory:
     """What the plan says of a case."""
     config, settings = case.config(), case.settings()
     plan = cost.Plan(config.train.strategy, case.checkpointing)
@@ -117,7 +118,7 @@ def predict(case: Case) -> cost.Memory:
     rows = -(-case.rows // case.workers)
     work = cost.Work(
         case.workers, rows, min(rows, case.micro_batch or rows), case.tokens, case.tokens - case.tokens // 4,
-        case.evaluated, case.generated,
+        case.evaluated, case.generated, CACHED if device == "cpu" else ELEMENTS,
     )  # fmt: skip
     kept = size.saved(settings, config.model, case.tokens, cast)
     return cost.memory(size.shape(settings, config.model), kept, config, work, plan)
@@ -245,7 +246,7 @@ def compare(names: list[str], device: str) -> list[dict[str, Any]]:
     found = []
     for name in names:
         case = CASES[name]
-        memory, real = predict(case), measured(case, device)
+        memory, real = predict(case, device), measured(case, device)
         found.append({
             "case": name, "settings": dataclasses.asdict(case), "parts": dataclasses.asdict(memory),
             "predicted_bytes": memory.total, "measured_bytes": real, "error": memory.total / real - 1,

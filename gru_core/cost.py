@@ -40,6 +40,8 @@ class Work:
     answer: int
     evaluated: int
     generated: int
+    slice: int = ELEMENTS
+    """Logits that an evaluation holds in float32 at a time, as on a GPU."""
 
     @property
     def passes(self) -> int:
@@ -208,7 +210,7 @@ def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan)
     copies = shape.layers * saved.block_fixed + saved.rest_fixed  # autocast's cache
     inner = B * T * (3 * shape.intermediate + 2 * shape.hidden) * size.compute
     kept = min(T, work.answer + 1) if shape.trims else T
-    at_once = min(B * work.answer * shape.vocabulary, max(ELEMENTS, shape.vocabulary))
+    at_once = min(B * work.answer * shape.vocabulary, max(work.slice, shape.vocabulary))
     # of a slice: itself, its float32 copy where it is bf16, and its log-softmax
     forced = size.compute * B * kept * shape.vocabulary + at_once * (size.compute + (4 if size.compute < 4 else 0) + 4)
     cache = B * (T + work.generated) * shape.cache * size.compute if work.generated else 0

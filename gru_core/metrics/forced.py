@@ -20,9 +20,6 @@ from gru_core.metrics.scorer import Scorer
 TAIL = 0.4
 """Share of an answer's tokens that Min-K% and Min-K%++ look at, the least likely ones; at least one token."""
 
-CACHED = 2048
-"""Most tokens of a batch on a CPU: larger ones leave its caches, and are no faster anywhere in it."""
-
 R = TypeVar("R")
 Prompt = tuple[int, ...]
 
@@ -55,12 +52,10 @@ def teacher_forced(
 
     A prompt with several answers goes through the model once, and its answers follow behind its key-value cache, where
     the model has one. Batches are of like lengths, whatever the prompts, and filled by tokens: at most as many as
-    ``batch_rows`` of the longest row, and on a CPU :data:`CACHED`.
+    ``batch_rows`` of the longest row.
     """
     rows = list(rows)
     room = batch_rows * max((len(r.ids) for r in rows), default=0)
-    if scorer.device.type == "cpu":
-        room = min(room, CACHED)
     asked: dict[Prompt, list[TokenRow]] = {}
     for row in rows:
         asked.setdefault(row.ids[: row.prompt_length], []).append(row)
