@@ -30,10 +30,9 @@ Stamp = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds: differs where a file was replaced."""
 
 ALLOWED = "s3://BUCKET/FOLDER, file:///FOLDER or an absolute path"
-EVALUATING = ".evaluating"
-"""Folder in a run's folder, on each machine: what an evaluation that is under way has measured."""
-WORK = ".work"
-"""Folder in an output folder where the workers of a machine keep their copy of what is stored."""
+EVALUATING, WORK = ".evaluating", ".work"
+"""Folders of a machine: in a run's, what an evaluation under way has measured; in the output's, its workers' copy of
+what is stored."""
 WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds between tries of what failed."""
 _CHUNK, _SMALL = 32 << 20, 64 << 20
