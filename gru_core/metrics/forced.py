@@ -1,19 +1,20 @@
-"""Teacher forcing: everything that one forward pass tells of an answer, answers to one prompt behind one prompt pass.
+"""Teacher forcing: everything that one forward pass tells of an answer; what answers to one prompt share, passed once.
 
-Shape legend: B rows of a batch, T tokens of its longest row, K kept positions (from the first that predicts an
-answer token), K1 = K - 1 predicted tokens, V vocabulary; P prompts, S cached positions of the longest of them.
+Shape legend: B rows of a batch, P trunks, T tokens of the longest row, K1 predicted tokens kept of each row (from the
+first column at which one has an answer token), K or J likewise, S cached tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from gru_core.batch import TokenRow, collate
-from gru_core.logprobs import answer_counts, answer_tokens, sequence_nll
+from gru_core.logprobs import AnswerTokens, answer_tokens, sequence_nll
 from gru_core.metrics.base import LOST_NLL, AnswerScores, Hits
 from gru_core.metrics.scorer import Scorer
 
@@ -50,50 +51,125 @@ def teacher_forced(
 ) -> Forced:
     """Scores of every row of ``rows``; those in ``tails`` with their tails.
 
-    A prompt with several answers goes through the model once, and its answers follow behind its key-value cache, where
-    the model has one. Batches are of like lengths, whatever the prompts, and filled by tokens: at most as many as
-    ``batch_rows`` of the longest row.
+    Of several answers to one prompt, the trunk goes through the model whole, and the others follow behind its key-value
+    cache from the token on at which they leave it, where the model has such a cache: what answers have in common is
+    fed once. Batches are of like lengths, whatever the prompts, and filled by tokens: at most as many as ``batch_rows``
+    of the longest row.
     """
     rows = list(rows)
     room = batch_rows * max((len(r.ids) for r in rows), default=0)
     asked: dict[Prompt, list[TokenRow]] = {}
     for row in rows:
         asked.setdefault(row.ids[: row.prompt_length], []).append(row)
-    shared = {p: found for p, found in asked.items() if len(found) > 1 and len(p) > 1 and scorer.continues()}
-    alone = [row for prompt, found in asked.items() if prompt not in shared for row in found]
+    trunks: dict[TokenRow, list[TokenRow]] = {}
+    alone: list[TokenRow] = []
+    for prompt, found in asked.items():
+        if len(found) > 1 and len(prompt) > 1 and scorer.continues():
+            trunk = _trunk(found, tails)
+            trunks[trunk] = [row for row in found if row is not trunk]
+        else:
+            alone += found
     out: Forced = {}
-    # longest first: memory fails early
-    alone.sort(key=lambda r: (-len(r.ids), r.prompt_length))
-    for batch in _filled(alone, room, lambda r: len(r.ids), lambda r: 1):
-        out |= zip(batch, _score_batch(scorer, batch, tails, pad_id), strict=True)
-    # half the room: the prompts' cache stays while their answers pass
-    for prompts in _filled(sorted(shared, key=len, reverse=True), room // 2, len, lambda p: 1):
-        cache, mask_PS = _passed(scorer, prompts, pad_id)
-        before = mask_PS.shape[1]
-        behind = [(row, p) for p, prompt in enumerate(prompts) for row in shared[prompt]]
-        behind.sort(key=lambda pair: -pair[0].answer_length)
-        for pairs in _filled(behind, room, lambda pair, S=before: S + pair[0].answer_length, lambda pair: 1):  # type: ignore[misc]
-            together = [row for row, _ in pairs]
-            scores = _score_behind(scorer, cache, mask_PS, [p for _, p in pairs], together, tails, pad_id)
-            out |= zip(together, scores, strict=True)
+    # half the room: the trunks' cache stays while their branches pass
+    for batch in _filled(_longest_first(trunks), room // 2, lambda r: len(r.ids)):
+        behind = [row for trunk in batch for row in trunks[trunk]]
+        passed = _pass(scorer, batch, _any([*batch, *behind], tails), pad_id, keep=True)
+        out |= _score(passed, tails)
+        if any(out[trunk].scores.lost for trunk in batch):  # no mask keeps a NaN of the cache out of an attention
+            alone += behind
+            continue
+        for some in _branch_batches(batch, trunks, room):
+            out |= _score(_pass_behind(scorer, passed, some, _any((b.row for b in some), tails), pad_id), tails)
+    for batch in _filled(_longest_first(alone), room, lambda r: len(r.ids)):
+        out |= _score(_pass(scorer, batch, _any(batch, tails), pad_id, keep=False), tails)
     return out
 
 
-def _filled(items: Sequence[R], room: int, length: Callable[[R], int], count: Callable[[R], int]) -> Iterator[list[R]]:
+def _longest_first(rows: Iterable[TokenRow]) -> list[TokenRow]:
+    """Memory fails early."""
+    return sorted(rows, key=lambda r: (-len(r.ids), r.prompt_length))
+
+
+def _trunk(rows: Sequence[TokenRow], tails: set[TokenRow]) -> TokenRow:
+    """The row with which the others share the most first tokens; one of ``tails`` where there is one, whose answers
+    are looked at more closely than the others'."""
+    places: dict[tuple[int, int], int] = {}  # a tree of the rows' tokens: (place, token) -> place
+    paths: list[list[int]] = []
+    for row in rows:
+        path, place = [], 0
+        for token in row.ids[row.prompt_length :]:
+            place = places.setdefault((place, token), len(places) + 1)
+            path.append(place)
+        paths.append(path)
+    met = Counter(place for path in paths for place in path)
+    return max(
+        zip(rows, paths, strict=True), key=lambda pair: (pair[0] in tails, sum(met[place] for place in pair[1]))
+    )[0]
+
+
+class _Branch(NamedTuple):
+    """A row that has its first ``kept`` tokens, less than all, in common with the row at ``place`` of its trunks."""
+
+    row: TokenRow
+    place: int
+    kept: int
+
+    @property
+    def rest(self) -> int:
+        """Tokens of its own, all of them answer."""
+        return len(self.row.ids) - self.kept
+
+
+def _branch_batches(
+    batch: Sequence[TokenRow], trunks: dict[TokenRow, list[TokenRow]], room: int
+) -> Iterator[list[_Branch]]:
+    """The branches of ``batch``, those with the most tokens of their own first."""
+    found = [_Branch(row, p, _shared(row, trunk)) for p, trunk in enumerate(batch) for row in trunks[trunk]]
+    found.sort(key=lambda b: (-b.rest, -b.kept))
+    before = max((b.kept for b in found), default=0)
+    return _filled(found, room, lambda b: before + b.rest)
+
+
+def _shared(row: TokenRow, trunk: TokenRow) -> int:
+    """How many first tokens of ``row`` ``trunk`` has too; the last one of ``row`` does not count."""
+    pairs = zip(row.ids[:-1], trunk.ids, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(row.ids) - 1, len(trunk.ids)))
+
+
+def _any(rows: Iterable[TokenRow], tails: set[TokenRow]) -> bool:
+    return any(row in tails for row in rows)
+
+
+def _filled(items: Sequence[R], room: int, length: Callable[[R], int]) -> Iterator[list[R]]:
     """Runs of ``items`` whose sequences, padded to the longest, have at most ``room`` tokens; at least one item."""
     batch: list[R] = []
-    longest = sequences = 0
+    longest = 0
     for item in items:
-        longest, sequences = max(longest, length(item)), sequences + count(item)
-        if batch and longest * sequences > room:
+        longest = max(longest, length(item))
+        if batch and longest * (len(batch) + 1) > room:
             yield batch
-            batch, longest, sequences = [], length(item), count(item)
+            batch, longest = [], length(item)
         batch.append(item)
     if batch:
         yield batch
 
 
-def _score_batch(scorer: Scorer, rows: Sequence[TokenRow], tails: set[TokenRow], pad_id: int) -> list[Answer]:
+class _Passed(NamedTuple):
+    """What a pass told of the answers of its rows.
+
+    Attributes:
+        tokens: each (B, K1).
+        begin: the column of each row's first answer token.
+        cache: behind all tokens of the rows but the last, where it was asked for.
+    """
+
+    rows: Sequence[TokenRow]
+    tokens: AnswerTokens
+    begin: list[int]
+    cache: Any = None
+
+
+def _pass(scorer: Scorer, rows: Sequence[TokenRow], standard: bool, pad_id: int, keep: bool) -> _Passed:
     """One forward pass, without the logits of positions before the first answer where the model can leave them out.
 
     The last token predicts nothing and is not fed: a row may be one token longer than the model takes.
@@ -103,81 +179,90 @@ def _score_batch(scorer: Scorer, rows: Sequence[TokenRow], tails: set[TokenRow],
     ids_BT, mask_BT = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
     K1 = ids_BT.shape[1] - first
     options = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
-    logits = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **options).logits
+    found = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=keep, **options)
+    tokens = answer_tokens(found.logits[:, -K1:], batch.labels_BT[:, first:], standard)
     begin = [r.prompt_length - 1 - first for r in rows]
-    return _answers(logits[:, -K1:], batch.labels_BT[:, first:], rows, begin, tails)
+    return _Passed(rows, tokens, begin, found.past_key_values if keep else None)
 
 
-def _passed(scorer: Scorer, prompts: Sequence[Prompt], pad_id: int) -> tuple[Any, torch.Tensor]:
-    """The cache behind the prompts without their last tokens, and the mask (P, S) of what stands in it."""
+def _pass_behind(scorer: Scorer, trunks: _Passed, branches: Sequence[_Branch], standard: bool, pad_id: int) -> _Passed:
+    """One forward pass behind the cache of ``trunks``: of each branch the last token that it shares, which predicts the
+    first of its own, and its own tokens less the last one."""
     device = scorer.device
-    S, P = max(map(len, prompts)) - 1, len(prompts)
-    ids_PS = torch.full((P, S), pad_id)
-    mask_PS = torch.zeros((P, S), dtype=torch.int64)
-    for p, prompt in enumerate(prompts):  # padded on the left: what follows is next to it
-        ids_PS[p, S + 1 - len(prompt) :] = torch.tensor(prompt[:-1])
-        mask_PS[p, S + 1 - len(prompt) :] = 1
-    ids_PS, mask_PS = ids_PS.to(device), mask_PS.to(device)
-    options = {"logits_to_keep": 1} if scorer.takes("logits_to_keep") else {}
-    cache = scorer.forward(
-        input_ids=ids_PS, attention_mask=mask_PS, position_ids=(mask_PS.cumsum(1) - 1).clamp(min=0), use_cache=True,
-        **options,
-    ).past_key_values  # fmt: skip
-    return cache, mask_PS
-
-
-def _score_behind(
-    scorer: Scorer, prompts: Any, mask_PS: torch.Tensor, places: Sequence[int], rows: Sequence[TokenRow],
-    tails: set[TokenRow], pad_id: int,
-) -> list[Answer]:  # fmt: skip
-    """One forward pass behind the cache ``prompts``: the last token of each answer's prompt, and the answer less its
-    last one; ``places`` are the answers' prompts."""
-    device = scorer.device
-    index_B = torch.tensor(places, device=device)
-    cache = copy.deepcopy(prompts)  # a pass adds to it
-    cache.batch_select_indices(index_B)
-    after = [TokenRow(r.id, r.ids[r.prompt_length - 1 :], 1, r.has_eos) for r in rows]
-    batch = collate(after, range(len(rows)), pad_id).to(device)
-    mask_BS, ids_BK1, mask_BK1 = mask_PS[index_B], batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
-    place_BK1 = mask_BS.sum(1, keepdim=True) + torch.arange(ids_BK1.shape[1], device=device)
+    rows, shared = [b.row for b in branches], torch.tensor([b.kept - 1 for b in branches], device=device)
+    place_B = torch.tensor([b.place for b in branches], device=device)
+    S = max(1, max(b.kept for b in branches) - 1)
+    own = [TokenRow(b.row.id, b.row.ids[b.kept - 1 :], 1, b.row.has_eos) for b in branches]
+    batch = collate(own, range(len(own)), pad_id).to(device)
+    ids_BK1, mask_BK1 = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
+    mask_BS = (torch.arange(S, device=device) < shared[:, None]).to(mask_BK1.dtype)
+    position_BK1 = shared[:, None] + torch.arange(ids_BK1.shape[1], device=device)
     last_B1 = torch.tensor([[len(r.ids) - 2] for r in rows], device=device)  # padding has no position of its own
     logits = scorer.forward(
         input_ids=ids_BK1, attention_mask=torch.cat([mask_BS, mask_BK1], dim=1),
-        position_ids=place_BK1.minimum(last_B1), past_key_values=cache, use_cache=True,
+        position_ids=position_BK1.minimum(last_B1), past_key_values=_repeated(trunks.cache, place_B, S), use_cache=True,
     ).logits  # fmt: skip
-    return _answers(logits, batch.labels_BT, rows, [0] * len(rows), tails)
+    tokens = _joined(trunks, branches, answer_tokens(logits, batch.labels_BT, standard))
+    return _Passed(rows, tokens, [0] * len(rows))
 
 
-def _answers(
-    logits_BK1V: torch.Tensor, labels_BK: torch.Tensor, rows: Sequence[TokenRow], begin: Sequence[int],
-    tails: set[TokenRow],
-) -> list[Answer]:  # fmt: skip
-    """What logits and labels tell of each row; ``begin`` is the column that predicts its first answer token."""
-    device, K = logits_BK1V.device, labels_BK.shape[1]
-    found = answer_tokens(logits_BK1V, labels_BK, standard=any(row in tails for row in rows))
+def _repeated(cache: Any, place_B: torch.Tensor, S: int) -> Any:
+    """Of the rows ``place_B`` of ``cache`` the first ``S`` columns, as a cache of their own."""
+    out = copy.copy(cache)
+    out.layers = [copy.copy(layer) for layer in cache.layers]  # keys and values are replaced, never written to
+    out.crop(S - cache.get_seq_length())
+    out.batch_select_indices(place_B)
+    return out
+
+
+def _joined(trunks: _Passed, branches: Sequence[_Branch], own: AnswerTokens) -> AnswerTokens:
+    """Tokens of whole answers, (B, K1): what a branch shares as the pass over its trunk told it, behind it its own."""
+    device, K = own.nll.device, trunks.tokens.nll.shape[1]
+    place_B = torch.tensor([b.place for b in branches], device=device)
+    begin_B1 = torch.tensor([[trunks.begin[b.place]] for b in branches], device=device)
+    shared_B1 = torch.tensor([[b.kept - b.row.prompt_length] for b in branches], device=device)
+    column_J = torch.arange(max(b.row.answer_length for b in branches), device=device)
+    last = K + own.nll.shape[1] - 1
+    index_BJ = torch.where(
+        column_J < shared_B1, begin_B1 + column_J, (K + column_J - shared_B1).clamp(max=last)
+    )  # fmt: skip
+    outside_BJ = column_J >= torch.tensor([[b.row.answer_length] for b in branches], device=device)
+
+    def join(trunk_PK: torch.Tensor, own_BK: torch.Tensor) -> torch.Tensor:
+        joined_BJ = torch.cat([trunk_PK[place_B], own_BK], dim=1).gather(1, index_BJ)
+        return joined_BJ.masked_fill(outside_BJ, 0)
+
+    fields = [f for f in AnswerTokens._fields if getattr(own, f) is not None]
+    return AnswerTokens(**{f: join(getattr(trunks.tokens, f), getattr(own, f)) for f in fields})
+
+
+def _score(passed: _Passed, tails: set[TokenRow]) -> Forced:
+    """What the tokens of a pass tell of each of its rows."""
+    rows, found = passed.rows, passed.tokens
+    device, K1 = found.nll.device, found.nll.shape[1]
     nll_BK1, hits_BK1 = _finite(found.nll), found.hits
-    begin_B = torch.tensor(begin, device=device)
+    begin_B = torch.tensor(passed.begin, device=device)
+    tokens_B = torch.tensor([r.answer_length for r in rows], device=device)
     length_B = torch.tensor([r.answer_length - r.has_eos for r in rows], device=device)
-    column_K1 = torch.arange(K - 1, device=device)
+    column_K1 = torch.arange(K1, device=device)
     # the closing token left out
     plain_BK1 = (column_K1 >= begin_B[:, None]) & (column_K1 < (begin_B + length_B)[:, None])
     missed_BK1 = plain_BK1 & ~hits_BK1
     matched_B = (plain_BK1 & hits_BK1).sum(1)
     prefix_B = ((missed_BK1 * (column_K1 + 1)).amax(1) - begin_B).clamp(min=0)
-    nll_B, tokens_B = sequence_nll(nll_BK1), answer_counts(labels_BK)
     led_BK1 = (hits_BK1 | (column_K1 < begin_B[:, None])).cumprod(1) * (column_K1 >= begin_B[:, None])
     led_B = led_BK1.sum(1)
-    next_B = found.top.gather(1, (begin_B + led_B).clamp(max=K - 2)[:, None]).squeeze(1)
+    next_B = found.top.gather(1, (begin_B + led_B).clamp(max=K1 - 1)[:, None]).squeeze(1)
     next_B = next_B.masked_fill(led_B == tokens_B, -1)
-    columns = [t.tolist() for t in (nll_B, tokens_B, matched_B, prefix_B, length_B, led_B, next_B)]
+    columns = [t.tolist() for t in (sequence_nll(nll_BK1), tokens_B, matched_B, prefix_B, length_B, led_B, next_B)]
     pairs: list[tuple[float, float] | None] = [None] * len(rows)
     if found.standard is not None:
         both = (_least_likely(x_BK1, plain_BK1) for x_BK1 in (nll_BK1, _finite(-found.standard)))
         pairs = [pair if row in tails else None for row, pair in zip(rows, zip(*both, strict=True), strict=True)]
-    return [
-        Answer(AnswerScores(nll, n), Hits(m, k, length), led, follows if follows >= 0 else None, tail)
-        for nll, n, m, k, length, led, follows, tail in zip(*columns, pairs, strict=True)
-    ]
+    return {
+        row: Answer(AnswerScores(nll, n), Hits(m, k, length), led, follows if follows >= 0 else None, tail)
+        for row, nll, n, m, k, length, led, follows, tail in zip(rows, *columns, pairs, strict=True)
+    }
 
 
 def _finite(cost_BK1: torch.Tensor) -> torch.Tensor:

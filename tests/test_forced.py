@@ -1,0 +1,139 @@
+"""Answers that have first tokens in common: fed once, and each as if it had gone alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gru_core.batch import TokenRow
+from gru_core.metrics.forced import Forced, teacher_forced
+from gru_core.metrics.scorer import Scorer
+
+VOCABULARY, END = 24, 3
+
+
+def make(family: str) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        if family == "gpt2":
+            small = GPT2Config(
+                vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5
+            )
+            return GPT2LMHeadModel(small).eval()
+        small = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.5,
+        )  # fmt: skip
+        return LlamaForCausalLM(small).eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return make(request.param)
+
+
+def tree(seed: int, prompts: int = 4) -> list[TokenRow]:
+    """Rows that leave each other anywhere: at once, in the middle, at the closing token; or that go on where another
+    ends, which happens to rows without one. Prompts of 1 to 5 tokens."""
+    draw = random.Random(seed)
+    rows: dict[tuple[int, ...], TokenRow] = {}
+    for p in range(prompts):
+        prompt = [2, *(draw.randrange(4, VOCABULARY) for _ in range(p + seed % 2))]
+        answers = [[draw.randrange(4, VOCABULARY) for _ in range(draw.randrange(1, 9))]]
+        for _ in range(5):
+            other = draw.choice(answers)
+            own = [draw.randrange(4, VOCABULARY) for _ in range(draw.randrange(0, 7))]
+            answers.append([*other[: draw.randrange(0, len(other) + 1)], *own] or [4])
+        for answer in answers:
+            closed = draw.random() < 0.6
+            ids = (*prompt, *answer, *([END] if closed else []))
+            rows.setdefault(ids, TokenRow(f"row:{len(rows)}", ids, len(prompt), closed))
+    return list(rows.values())
+
+
+def same(a: Forced, b: Forced) -> None:
+    assert set(a) == set(b)
+    for row, x in a.items():
+        y = b[row]
+        assert (x.hits, x.led, x.next, x.scores.tokens) == (y.hits, y.led, y.next, y.scores.tokens), row
+        assert x.scores.nll == pytest.approx(y.scores.nll, rel=1e-5, abs=1e-5)
+        assert (x.tail is None) == (y.tail is None)
+        if x.tail:
+            assert x.tail == pytest.approx(y.tail, rel=1e-4, abs=1e-4)
+
+
+def alone(model: nn.Module, rows: list[TokenRow], tails: set[TokenRow]) -> Forced:
+    """One row at a time: nothing is padded and nothing shared."""
+    scorer = Scorer.of(model)
+    with torch.no_grad():
+        return {row: teacher_forced(scorer, [row], tails, 0, 1)[row] for row in rows}
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 100])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_of_a_tree_equal_rows_alone(model: nn.Module, seed: int, batch_rows: int) -> None:
+    rows = tree(seed)
+    tails = set(rows[::3])  # trunks, branches, several of one prompt
+    with torch.no_grad():
+        found = teacher_forced(Scorer.of(model), rows, tails, 0, batch_rows)
+    same(found, alone(model, rows, tails))
+    assert {row for row in rows if found[row].tail} == tails
+
+
+def fed(model: nn.Module, rows: list[TokenRow]) -> int:
+    """Tokens that are neither padding nor a closing one, which stands where padding would."""
+    count = 0
+
+    def watch(_module: Any, _given: Any, named: dict[str, Any]) -> None:
+        nonlocal count
+        ids = named["input_ids"]
+        count += int(((ids != END) & (named["attention_mask"][:, -ids.shape[1] :] == 1)).sum())
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    with torch.no_grad():
+        teacher_forced(Scorer.of(model), rows, set(), 0, 100)
+    hook.remove()
+    return count
+
+
+def row(name: str, *ids: int) -> TokenRow:
+    return TokenRow(name, (2, 9, *ids, END), 2)
+
+
+def test_what_answers_share_is_fed_once(model: nn.Module) -> None:
+    """``a`` goes whole, 7 tokens and the closing one. ``b`` shares 4 answer tokens with it: its 13 goes again, which
+    predicts its end; of ``c`` the shared 11 and its own 15 and 16; of ``d``, which shares the prompt alone, the
+    prompt's 9 and its own 17."""
+    a, b, c, d = row("a", 10, 11, 12, 13, 14), row("b", 10, 11, 12, 13), row("c", 10, 11, 15, 16), row("d", 17)
+    assert fed(model, [a, b, c, d]) == 7 + 1 + 3 + 2
+    assert fed(model, [a]) == 7
+
+
+def test_equal_answers_to_two_prompts_are_two_trunks(model: nn.Module) -> None:
+    rows = [TokenRow(f"{p} {n}", (2, p, *ids, END), 2) for p in (9, 8) for n, ids in enumerate([(10, 11), (10, 12)])]
+    with torch.no_grad():
+        found = teacher_forced(Scorer.of(model), rows, set(), 0, 4)
+    same(found, alone(model, rows, set()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_token_that_is_not_a_number_spoils_no_other_row(family: str) -> None:
+    """Token 14 is NaN: whoever has it before its end is lost, and the rows beside it keep their numbers, although it
+    stands in the cache behind which they pass."""
+    model = make(family)
+    rows = [row("a", 10, 11, 12), row("lost", 10, 11, 14, 12, 16), row("b", 10, 15), row("ends in it", 10, 14)]
+    before = alone(model, rows, set())
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        if family == "gpt2":  # its output layer is the same tensor
+            model.lm_head.weight = nn.Parameter(weight.clone())
+        weight[14] = torch.nan
+        found = teacher_forced(Scorer.of(model), rows, set(), 0, 100)
+    assert {r.id: found[r].scores.lost for r in rows} == {"a": False, "lost": True, "b": False, "ends in it": True}
+    same({r: found[r] for r in rows if r.id in "ab"}, {r: before[r] for r in rows if r.id in "ab"})
