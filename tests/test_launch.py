@@ -133,7 +133,7 @@ def count(payload: str, group: Group, report: Any) -> None:
 def test_bad_input_is_not_tried_again_by_ray(tmp_path: Path) -> None:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         train = TrainConfig(workers=2, gpus_per_worker=0, max_failures=2)
         before = signal.getsignal(signal.SIGINT)

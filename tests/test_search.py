@@ -32,7 +32,7 @@ def _ray() -> Iterator[None]:
 
     for name, value in ray_start.SWITCHES.items():
         os.environ.setdefault(name, value)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(fakes)
     yield
     ray.shutdown()

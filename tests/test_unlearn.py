@@ -160,7 +160,7 @@ def test_two_ray_workers_are_one_process(whole: tuple[Path, dict[str, Any]], stu
     from pipelines import prepare
 
     calm, shaken = tmp_path / "calm", tmp_path / "shaken"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         two = unlearn.run(study.load(calm, "train.workers=2"), say=say)
         for ours, alone in zip(two["points"], whole[1]["points"], strict=True):

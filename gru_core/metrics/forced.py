@@ -63,8 +63,9 @@ def teacher_forced(
         asked.setdefault(row.ids[: row.prompt_length], []).append(row)
     trunks: dict[TokenRow, list[TokenRow]] = {}
     alone: list[TokenRow] = []
+    branching = scorer.continues()
     for prompt, found in asked.items():
-        if len(found) > 1 and len(prompt) > 1 and scorer.continues():
+        if branching and len(found) > 1 and len(prompt) > 1:
             trunk = _trunk(found, tails)
             trunks[trunk] = [row for row in found if row is not trunk]
         else:
@@ -102,9 +103,8 @@ def _trunk(rows: Sequence[TokenRow], tails: set[TokenRow]) -> TokenRow:
             path.append(place)
         paths.append(path)
     met = Counter(place for path in paths for place in path)
-    return max(
-        zip(rows, paths, strict=True), key=lambda pair: (pair[0] in tails, sum(met[place] for place in pair[1]))
-    )[0]
+    shared = [sum(met[place] - 1 for place in path) for path in paths]
+    return rows[max(range(len(rows)), key=lambda i: (rows[i] in tails, shared[i]))]
 
 
 class _Branch(NamedTuple):
