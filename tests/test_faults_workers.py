@@ -16,7 +16,7 @@ from tests import faults
 from tests.faults import Fault
 from tests.study import Study
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,34 +54,27 @@ def shaken(
     return said, result
 
 
-def test_killed_in_a_step_and_in_a_checkpoint(
+def test_killed_hung_and_frozen_again_and_again(
     monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
 ) -> None:
-    """Two in a row: one rank in step 6, the writing one in the checkpoint after step 8."""
+    """One run, five deaths: a rank killed in a step, in an evaluation, the writing one in a checkpoint; one hangs in a
+    loop, which it notices itself; one is frozen (SIGSTOP) and cannot: the one that waits for it does."""
     folder = tmp_path / "run"
-    plan = [Fault("step", 6, rank=1), Fault("checkpoint", 8)]
-    said, _ = shaken(monkeypatch, study, folder, plan, "train.workers=2", "train.max_failures=2")
-    assert faults.same_result(calm, folder)
-    faults.each_once(folder, 12, [0, 6, 12])
-    faults.tracked_once(folder, 12, faults.store_of(study))
-    assert [line for line in said if "started again" in line] == [
-        "note: started again with 2 workers, from step 4 on"
-    ] * 2
-    assert max(faults.executed(tmp_path / "marks").values()) <= 3 * 2, "each start repeats one interval at most"
-
-
-def test_killed_in_an_evaluation_then_hangs_in_a_loop(
-    monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    plan = [Fault("evaluation", 6, rank=1), Fault("step", 10, rank=1, how="loop")]
+    plan = [
+        Fault("step", 5, rank=1), Fault("evaluation", 6, rank=1), Fault("checkpoint", 8),
+        Fault("step", 10, rank=1, how="loop"), Fault("step", 11, rank=0, how="freeze"),
+    ]  # fmt: skip
     said, _ = shaken(
-        monkeypatch, study, folder, plan, "train.workers=2", "train.max_failures=2", "train.hang_timeout=12"
+        monkeypatch, study, folder, plan, "train.workers=2", "train.max_failures=5", "train.hang_timeout=12"
     )
     assert faults.same_result(calm, folder)
     faults.each_once(folder, 12, [0, 6, 12])
+    faults.tracked_once(folder, 12, faults.store_of(study))
+    notes = [f"started again with 2 workers, from step {step} on" for step in (4, 4, 4, 8, 8)]
+    assert list(journal.load(folder).notes) == notes
+    assert [line for line in said if "started again" in line] == [f"note: {note}" for note in notes]
     assert any("made no progress for 12 s" in line for line in said)
-    assert journal.load(folder).notes[-1] == "started again with 2 workers, from step 8 on"
+    assert max(faults.executed(tmp_path / "marks").values()) <= 4 * 2, "each start repeats one interval at most"
 
 
 def test_sharded_workers_killed_in_a_checkpoint_and_in_an_evaluation(
@@ -98,15 +91,6 @@ def test_sharded_workers_killed_in_a_checkpoint_and_in_an_evaluation(
     faults.tracked_once(folder, 12, faults.store_of(study))
     notes = [f"started again with 2 workers, from step {step} on" for step in (4, 8)]
     assert list(journal.load(folder).notes) == notes
-
-
-def test_a_frozen_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path) -> None:
-    """SIGSTOP: it cannot watch itself; the one that waits for it does."""
-    folder = tmp_path / "run"
-    plan = [Fault("step", 7, rank=0, how="freeze")]
-    shaken(monkeypatch, study, folder, plan, "train.workers=2", "train.hang_timeout=12")
-    assert faults.same_result(calm, folder)
-    faults.each_once(folder, 12, [0, 6, 12])
 
 
 def test_a_frozen_worker_that_is_alone_is_replaced(
@@ -149,21 +133,18 @@ def test_a_full_disk_is_not_tried_again_and_resumes_and_a_full_object_store_cost
 def test_the_number_of_workers_changes_between_stop_and_resume(
     monkeypatch: pytest.MonkeyPatch, study: Study, calm: Path, tmp_path: Path
 ) -> None:
-    """2 -> 1 -> 2, each stopped by a request in the folder, noticed on one rank."""
+    """1 -> 2, stopped by a request in the folder; 2 -> 1 is what test_faults_nodes.py does."""
     folder = tmp_path / "run"
-    for workers, step, rank in ((2, 3, 1), (1, 7, 0)):
-        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-            shaken_once(patch, study, folder, Fault("step", step, rank, "ask"), f"train.workers={workers}")
-        assert journal.load(folder).status == "stopped"
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        shaken_once(patch, study, folder, Fault("step", 3, 0, "ask"), "train.workers=1")
+    assert journal.load(folder).status == "stopped"
     unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2"), resume=True, say=lambda line: None)
     start = Path(settings.load(str(folder / "config.yaml")).model.path)
     assert 0 < faults.distance(folder, calm, start) < 1e-4
     faults.each_once(folder, 12, [0, 6, 12])
     faults.tracked_once(folder, 12, faults.store_of(study))
-    notes = journal.load(folder).notes
-    assert [note.rpartition(" on")[0] for note in notes] == [
-        "started again, from step 4",
-        "started again with 2 workers, from step 8",
+    assert [note.rpartition(" on")[0] for note in journal.load(folder).notes] == [
+        "started again with 2 workers, from step 4"
     ]
 
 
@@ -174,24 +155,26 @@ def shaken_once(
     return unlearn.run(study.load(folder, *faults.STEPS, *given), resume=folder.exists(), say=lambda line: None)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_driver_with_workers_is_ended_and_resumed(study: Study, calm: Path, tmp_path: Path, how: int) -> None:
-    """SIGTERM: a checkpoint at the step at hand, exit code 130. SIGKILL: the last one stands."""
+def test_a_driver_with_workers_is_ended_and_resumed_twice(study: Study, calm: Path, tmp_path: Path) -> None:
+    """SIGTERM: a checkpoint at the step at hand, exit code 130. Then SIGKILL: the last checkpoint stands."""
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = ["unlearn", "-c", str(study.config), "--output", str(folder), "--set", "train.workers=2"]
     arguments += [word for each in faults.STEPS for word in ("--set", each)]
-    process = faults.driver(arguments, study, log, faults.slowly(6, 12))
-    faults.wait(lambda: faults.reached(folder, 5), process)
-    process.send_signal(how)
-    code = process.wait(90)
-    last = checkpoint.latest(folder / "checkpoints")
-    assert last is not None
-    if how == signal.SIGTERM:
-        text = log.read_text()
-        assert code == 130, text
-        assert f"stopped at step {last.step} of 12; --resume goes on" in text
-        assert 5 <= last.step <= 11
-        assert max(journal.load(folder).metrics) == last.step
+
+    def end(how: int, step: int, last: int, *more: str) -> tuple[int, str]:
+        process = faults.driver([*arguments, *more], study, log, faults.slowly(step + 1, last))
+        faults.wait(lambda: faults.reached(folder, step), process)
+        process.send_signal(how)
+        return process.wait(90), log.read_text()
+
+    code, text = end(signal.SIGTERM, 3, 6)
+    stopped = checkpoint.latest(folder / "checkpoints")
+    assert stopped is not None
+    assert code == 130, text
+    assert f"stopped at step {stopped.step} of 12; --resume goes on" in text
+    assert 3 <= stopped.step <= 7
+    assert max(journal.load(folder).metrics) == stopped.step
+    end(signal.SIGKILL, 9, 12, "--resume")
     unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2"), resume=True, say=lambda line: None)
     assert faults.same_result(calm, folder)
     faults.each_once(folder, 12, [0, 6, 12])
