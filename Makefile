@@ -5,6 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Test processes: alone, a slow test leaves a third of two cores idle (waits, start-ups).
+TESTERS ?= 2
+PYTEST  := $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: setup demo test lint types fast audit benchmarks clean
 
 setup: $(STAMP)
@@ -22,10 +26,10 @@ demo: setup
 	$(BIN)/gru demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 40
 
 fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

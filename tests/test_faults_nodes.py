@@ -19,7 +19,7 @@ from tests.faults import Fault
 from tests.ray_head import Head, start_node
 from tests.study import Study
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

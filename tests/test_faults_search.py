@@ -18,7 +18,7 @@ from pipelines.ledger import NAME as LEDGER
 from tests import faults
 from tests.study import Study
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, INTERVAL, TRIALS = 15, 5, 12
 SPACE = "search.space={unlearn.lr: {low: 1.0e-4, high: 5.0e-4}, retain.size: [4, 8, 20]}"

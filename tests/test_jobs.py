@@ -187,7 +187,7 @@ def test_a_cluster_that_goes_away_for_good_is_told(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_own_data_goes_along_and_the_run_comes_back(study: Path, ray_head: Head) -> None:
     """The whole way: uploaded rows, resolved config, model and MLflow in the client's folder."""
     lines, say = told()
@@ -273,7 +273,7 @@ def test_token_authentication(locked: Head, study: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_on_a_cluster_with_a_token(locked: Head, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe and the driver join the cluster with the token of its own processes."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "right-token")

@@ -6,14 +6,12 @@ import pytest
 
 from benchmarks import memory
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gru", "gru, 4 micro-batches", "none", "kl", "checkpointing", "bfloat16", "lora", "fsdp, 2 workers", "evaluation"],
-)
+@pytest.mark.parametrize("name", ["gru", "checkpointing", "lora", "fsdp, 2 workers", "evaluation"])
 def test_the_plan_is_within_a_tenth_of_what_was_measured(name: str) -> None:
+    """One case of each kind; `benchmarks/memory.py` measures all of them."""
     (found,) = memory.compare([name], "cpu")
     assert abs(found["error"]) < 0.1, found
 

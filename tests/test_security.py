@@ -150,7 +150,7 @@ def own_address() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_cluster_is_joined_with_the_token_it_asks_for_and_an_open_one_with_a_warning(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

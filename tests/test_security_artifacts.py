@@ -17,7 +17,7 @@ from tests.mlflow_server import Server
 from tests.ray_head import Head, client_env, start_head
 from tests.study import Study, gru
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NAMES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "uri-user", "uri-password")
 SECRETS = {name: f"planted-{name.lower().replace('_', '-')}-5f2c9e71d04b" for name in NAMES}

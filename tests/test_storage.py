@@ -431,7 +431,7 @@ def _killed_at(study: Study, folder: Path, there: Path, stop: str | int, resume:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_killed_before_any_upload_and_resumed_elsewhere_is_the_undisturbed_run(
     study: Study, calm: Path, tmp_path: Path
 ) -> None:
@@ -666,7 +666,7 @@ def _no_secrets(*folders: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_on_s3_is_killed_and_resumed_elsewhere(bucket: str, study: Study, tmp_path: Path) -> None:
     """In one process, with SIGKILL; what is left is the bucket alone."""
     short = ("unlearn.steps=30", "unlearn.evaluate_every=15", "train.checkpoint_every=3", "evaluate.rows=4")
@@ -691,7 +691,7 @@ def test_a_run_on_s3_is_killed_and_resumed_elsewhere(bucket: str, study: Study, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not can_hide(), reason="needs root and unshare for machines without a common file system")
 def test_two_machines_without_a_common_disk(bucket: str, study: Study, tmp_path: Path) -> None:
     """Driver and two nodes see three different output folders; the driver is killed and its folder is lost."""
@@ -733,7 +733,7 @@ def _aws() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_search_goes_on_from_storage_alone(bucket: str, study: Study, tmp_path: Path) -> None:
     """The machine of a search is lost: another one has its trials, finished ones as they were."""
     words = ["search", "-c", str(study.config), "--json", "--set", f"output.storage={bucket}/search"]
