@@ -71,8 +71,7 @@ def teacher_forced(
         else:
             alone += found
     out: Forced = {}
-    # half the room: the trunks' cache stays while their branches pass
-    for batch in _filled(_longest_first(trunks), room // 2, lambda r: len(r.ids)):
+    for batch in _filled(_longest_first(trunks), room, lambda r: len(r.ids)):
         behind = [row for trunk in batch for row in trunks[trunk]]
         passed = _pass(scorer, batch, _any([*batch, *behind], tails), pad_id, keep=True)
         out |= _score(passed, tails)
