@@ -39,7 +39,7 @@ from gru_core.benchmarks.base import Benchmark, EvalRow
 from gru_core.config import BenchmarkConfig, EvaluateConfig, ModelConfig
 from gru_core.metrics import evaluate, measure
 from gru_core.metrics.rouge import rouge_l_recall
-from gru_core.metrics.tokens import encode_row
+from gru_core.metrics.tokens import encode_rows
 
 BATCH, NEW_TOKENS = 32, 200
 SETS = ("forget", "retain", "authors", "facts")
@@ -221,13 +221,12 @@ def _watch(model: Any) -> dict[str, Any]:
 
 
 def _least(benchmark: Benchmark, tokenizer: Any, length: int) -> int:
-    """Tokens that any evaluation has to feed: each prompt once, each answer less its last token once."""
+    """Tokens that any evaluation has to feed: what answers to a prompt share once, their last ones not at all."""
     least = 0
     for rows in benchmark.scored.values():
-        for row in rows:
-            e = encode_row(tokenizer, row, length, ModelConfig(), True)
-            answers = [a for a in (e.answer, e.paraphrase, *e.perturbed) if a is not None]
-            least += e.answer.prompt_length + sum(a.answer_length - 1 for a in set(answers))
+        for e in encode_rows(tokenizer, [(row, True) for row in rows], length, ModelConfig()):
+            answers = [a.ids for a in (e.answer, e.paraphrase, *e.perturbed) if a is not None]
+            least += len({ids[:k] for ids in answers for k in range(1, len(ids))})
     return least
 
 

@@ -5,8 +5,9 @@ Shape legend: B rows, T tokens of the longest row of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,21 +95,38 @@ def prompt_and_answer(
     Raises:
         InputError: the chat template does not keep the prompt as a prefix.
     """
-    if row.kind == "qa" and tokenizer.chat_template:
+    prompt, answer = _texts(tokenizer, row, system_prompt, chat_date)
+    ids = _ids(tokenizer, (prompt, answer))
+    return _closed(tokenizer, row, ids[prompt], ids[answer])
+
+
+def _texts(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -> tuple[str, str]:
+    """What is tokenised of the prompt and of the answer."""
+    if row.kind != "qa":
+        return row.prompt, row.answer
+    if tokenizer.chat_template:
         return _chat(tokenizer, row, system_prompt, chat_date)
-    if row.kind == "qa":
-        prompt, answer = f"Question: {row.prompt}\nAnswer:", f" {row.answer}"
-    else:
-        prompt, answer = row.prompt, row.answer
+    return f"Question: {row.prompt}\nAnswer:", f" {row.answer}"
+
+
+def _ids(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Tokens of each distinct text, in one call of the tokenizer, without special tokens."""
+    distinct = [text for text in dict.fromkeys(texts) if text]
+    options = {"add_special_tokens": False, "return_attention_mask": False}
+    found = tokenizer(distinct, **options)["input_ids"] if distinct else []
+    return {"": []} | dict(zip(distinct, found, strict=True))
+
+
+def _closed(tokenizer: Any, row: Row, prompt_ids: list[int], answer_ids: list[int]) -> tuple[list[int], list[int]]:
+    """With the first and the closing token, where no chat template has put them there."""
+    if row.kind == "qa" and tokenizer.chat_template:
+        return prompt_ids, answer_ids
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    prompt_ids = start + (tokenizer.encode(prompt, add_special_tokens=False) if prompt else [])
-    answer_ids = tokenizer.encode(answer, add_special_tokens=False)
-    if tokenizer.eos_token_id is not None:
-        answer_ids = [*answer_ids, tokenizer.eos_token_id]
-    return prompt_ids, answer_ids
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return start + prompt_ids, answer_ids + end
 
 
-def _chat(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -> tuple[list[int], list[int]]:
+def _chat(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -> tuple[str, str]:
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     asked = [*system, {"role": "user", "content": row.prompt}]
     told = [*asked, {"role": "assistant", "content": row.answer}]
@@ -117,8 +135,7 @@ def _chat(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -
     whole = tokenizer.apply_chat_template(told, **options)
     if not whole.startswith(prompt):
         raise InputError("the tokenizer's chat template does not keep the prompt as a prefix of the conversation")
-    answer = whole[len(prompt) :].rstrip()  # some templates end a turn with a newline behind the closing token
-    return tokenizer.encode(prompt, add_special_tokens=False), tokenizer.encode(answer, add_special_tokens=False)
+    return prompt, whole[len(prompt) :].rstrip()  # some templates end a turn with a newline behind the closing token
 
 
 def encode(
@@ -133,13 +150,36 @@ def encode(
     Raises:
         InputError: nothing of the answer is left to carry loss.
     """
-    prompt_ids, answer_ids = prompt_and_answer(tokenizer, row, system_prompt, chat_date)
+    return encode_all(tokenizer, [row], max_length, system_prompt, chat_date)[0]
+
+
+def encode_all(
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_length: int,
+    system_prompt: str | None = None,
+    chat_date: str = "10 Apr 2025",
+) -> list[TokenRow]:
+    """:func:`encode` of many rows in one call of the tokenizer; what several rows ask is tokenised once.
+
+    Raises:
+        InputError: nothing of an answer is left to carry loss.
+    """
+    texts = [_texts(tokenizer, row, system_prompt, chat_date) for row in rows]
+    ids = _ids(tokenizer, chain.from_iterable(texts))
+    specials = set(tokenizer.all_special_ids)
+    return [
+        _cut(row, *_closed(tokenizer, row, ids[prompt], ids[answer]), max_length, specials)
+        for row, (prompt, answer) in zip(rows, texts, strict=True)
+    ]
+
+
+def _cut(row: Row, prompt_ids: list[int], answer_ids: list[int], max_length: int, specials: set[int]) -> TokenRow:
     ids = (prompt_ids + answer_ids)[:max_length]
     prompt_length = max(1, len(prompt_ids))
     if len(ids) <= prompt_length:
         raise InputError(f"row {row.id}: no answer token within {max_length} tokens (prompt {len(prompt_ids)})")
     whole = len(ids) == len(prompt_ids) + len(answer_ids)
-    specials = set(tokenizer.all_special_ids)
     return TokenRow(row.id, tuple(ids), prompt_length, has_eos=whole and ids[-1] in specials)
 
 
@@ -181,16 +221,14 @@ def encode_whole(
 
 def collate(rows: Sequence[TokenRow], index: Sequence[int], pad_id: int) -> TokenBatch:
     """Rows to one right-padded batch on the CPU. ``index`` gives each row's position in its dataset."""
-    B, T = len(rows), max(len(r.ids) for r in rows)
-    ids_BT = torch.full((B, T), pad_id, dtype=torch.int64)
-    mask_BT = torch.zeros((B, T), dtype=torch.int64)
-    labels_BT = torch.full((B, T), IGNORE, dtype=torch.int64)
-    for b, row in enumerate(rows):
-        n = len(row.ids)
-        ids_BT[b, :n] = torch.tensor(row.ids)
-        mask_BT[b, :n] = 1
-        labels_BT[b, row.prompt_length : n] = ids_BT[b, row.prompt_length : n]
-    return TokenBatch(ids_BT, mask_BT, labels_BT, torch.tensor(index, dtype=torch.int64))
+    T = max(len(r.ids) for r in rows)
+    ids_BT = torch.tensor([(*r.ids, *(pad_id,) * (T - len(r.ids))) for r in rows])
+    length_B1 = torch.tensor([[len(r.ids)] for r in rows])
+    prompt_B1 = torch.tensor([[r.prompt_length] for r in rows])
+    column_T = torch.arange(T)
+    mask_BT = column_T < length_B1
+    labels_BT = ids_BT.where(mask_BT & (column_T >= prompt_B1), torch.tensor(IGNORE))
+    return TokenBatch(ids_BT, mask_BT.long(), labels_BT, torch.tensor(index, dtype=torch.int64))
 
 
 class Stream:

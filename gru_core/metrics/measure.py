@@ -27,7 +27,7 @@ from gru_core.metrics.generations import GENERATIONS, Made
 from gru_core.metrics.gradients import gradient_norms
 from gru_core.metrics.progress import Progress
 from gru_core.metrics.scorer import Scorer
-from gru_core.metrics.tokens import EncodedRow, encode_row
+from gru_core.metrics.tokens import EncodedRow, encode_rows
 from gru_core.parallel import Group, is_sharded, lockstep, unwrap
 
 T = TypeVar("T")
@@ -134,17 +134,10 @@ def _tasks(
     kinds: dict[str, set[Kind]] = {}
     for need in needs:
         kinds.setdefault(need.set, set()).add(need.kind)
-    length = models.max_length(model)
-    return [
-        _Task(
-            name,
-            row,
-            frozenset(kinds[name]),
-            encode_row(tokenizer, row, length, model_config, "truth" in kinds[name]),
-        )
-        for name in sorted(kinds)
-        for row in scored_rows(benchmark, name, config.rows)
-    ]
+    rows = [(name, row) for name in sorted(kinds) for row in scored_rows(benchmark, name, config.rows)]
+    wanted = ((row, "truth" in kinds[name]) for name, row in rows)
+    encoded = encode_rows(tokenizer, wanted, models.max_length(model), model_config)
+    return [_Task(name, row, frozenset(kinds[name]), e) for (name, row), e in zip(rows, encoded, strict=True)]
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[list[T]]:
