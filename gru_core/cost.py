@@ -31,6 +31,7 @@ class Work:
         tokens: T, of the longest row.
         answer: answer tokens of the row with most of them.
         evaluated: rows of an evaluation batch; ``generated`` tokens at most are generated for each, 0: none.
+        compared: an evaluation passes several answers to a prompt, which share its key-value cache.
     """
 
     workers: int
@@ -42,6 +43,7 @@ class Work:
     generated: int
     slice: int = ELEMENTS
     """Logits that an evaluation holds in float32 at a time, as on a GPU."""
+    compared: bool = False
 
     @property
     def passes(self) -> int:
@@ -205,7 +207,8 @@ def _unsharded(shape: Shape, size: Bytes, copies: bool) -> int:
 
 def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan) -> int:
     """Most bytes of an evaluation batch, its rows as long as the rows that train: logits from the token before the
-    answer on and a slice of them in float32, or the key-value cache."""
+    answer on and a slice of them in float32, behind at most two key-value caches where answers share one (the trunks'
+    and their branches'), or the cache of generation."""
     B, T = work.evaluated, work.tokens
     copies = shape.layers * saved.block_fixed + saved.rest_fixed  # autocast's cache
     inner = B * T * (3 * shape.intermediate + 2 * shape.hidden) * size.compute
@@ -214,7 +217,8 @@ def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan)
     # of a slice: itself, its float32 copy where it is bf16, and its log-softmax
     forced = size.compute * B * kept * shape.vocabulary + at_once * (size.compute + (4 if size.compute < 4 else 0) + 4)
     cache = B * (T + work.generated) * shape.cache * size.compute if work.generated else 0
-    return copies + max(forced, cache + inner)
+    shared = 2 * B * T * shape.cache * size.compute if work.compared else 0
+    return copies + max(forced + shared, cache + inner)
 
 
 @dataclass(frozen=True)

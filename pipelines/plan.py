@@ -136,8 +136,9 @@ class _Planner:
         """One strategy and micro-batch: memory, bytes sent, time."""
         longest, answer = self.lengths.longest, self.lengths.answer
         work = cost.Work(
-            self.workers, self.rows, micro_batch, longest, answer, self.config.evaluate.batch_rows, self.generated
-        )
+            self.workers, self.rows, micro_batch, longest, answer, self.config.evaluate.batch_rows, self.generated,
+            compared=plan_inputs.compares(self.config),
+        )  # fmt: skip
         memory = cost.memory(self.shape, self._kept(plan), self.config, work, plan)
         other = OTHER + round(SLACK * self.device.memory * GIB)
         traffic = cost.traffic(self.shape, self.config, work, plan)

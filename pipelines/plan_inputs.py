@@ -140,8 +140,22 @@ def _tokenizer(config: RunConfig) -> Any:
 
 def generates(config: RunConfig) -> bool:
     """Whether an evaluation generates text."""
-    from gru_core.metrics import METRICS, requested
     from gru_core.metrics.generations import GENERATIONS
 
+    return bool(_kinds(config) & set(GENERATIONS))
+
+
+def compares(config: RunConfig) -> bool:
+    """Whether an evaluation looks at several answers to one prompt."""
+    from gru_core.metrics import lm_eval_tasks, requested
+
+    choices = any(name.startswith(lm_eval_tasks.PREFIX) for name in requested(config.evaluate))
+    return choices or "truth" in _kinds(config)
+
+
+def _kinds(config: RunConfig) -> set[str]:
+    """What evaluations measure on rows."""
+    from gru_core.metrics import METRICS, requested
+
     named = [METRICS[name] for name in requested(config.evaluate) if name in METRICS]
-    return any(need.kind in GENERATIONS for metric in named for need in metric.needs)
+    return {need.kind for metric in named for need in metric.needs}

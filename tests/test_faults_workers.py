@@ -71,9 +71,9 @@ def test_killed_hung_and_frozen_again_and_again(
     faults.each_once(folder, 12, [0, 6, 12])
     faults.tracked_once(folder, 12, faults.store_of(study))
     notes = [f"started again with 2 workers, from step {step} on" for step in (4, 4, 4, 8, 8)]
-    assert list(journal.load(folder).notes) == notes
+    assert [note for note in journal.load(folder).notes if "started again" in note] == notes
     assert [line for line in said if "started again" in line] == [f"note: {note}" for note in notes]
-    assert any("made no progress for 12 s" in line for line in said)
+    assert sum("made no progress for 12 s" in line for line in said) >= 2, "the one in a loop, and the frozen one"
     assert max(faults.executed(tmp_path / "marks").values()) <= 4 * 2, "each start repeats one interval at most"
 
 
@@ -174,7 +174,12 @@ def test_a_driver_with_workers_is_ended_and_resumed_twice(study: Study, calm: Pa
     assert f"stopped at step {stopped.step} of 12; --resume goes on" in text
     assert 3 <= stopped.step <= 7
     assert max(journal.load(folder).metrics) == stopped.step
-    end(signal.SIGKILL, 9, 12, "--resume")
+    code, text = end(signal.SIGKILL, 9, 12, "--resume")
+    assert code == -signal.SIGKILL, text
+    left = checkpoint.latest(folder / "checkpoints")
+    assert left is not None
+    assert left.step == 8
+    assert journal.load(folder).status != "finished"
     unlearn.run(study.load(folder, *faults.STEPS, "train.workers=2"), resume=True, say=lambda line: None)
     assert faults.same_result(calm, folder)
     faults.each_once(folder, 12, [0, 6, 12])

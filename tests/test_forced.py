@@ -17,7 +17,7 @@ VOCABULARY, END = 24, 3
 
 
 def make(family: str) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -26,6 +26,13 @@ def make(family: str) -> nn.Module:
                 vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5
             )
             return GPT2LMHeadModel(small).eval()
+        if family == "gpt_neo":  # every second layer sees 4 tokens back
+            layers = [[["global", "local"], 1]]
+            small = GPTNeoConfig(
+                vocab_size=VOCABULARY, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4,
+                attention_types=layers, window_size=4, initializer_range=0.5,
+            )  # fmt: skip
+            return GPTNeoForCausalLM(small).eval()
         small = LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, initializer_range=0.5,
@@ -33,7 +40,7 @@ def make(family: str) -> nn.Module:
         return LlamaForCausalLM(small).eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gpt_neo"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return make(request.param)
 
@@ -124,10 +131,11 @@ def test_equal_answers_to_two_prompts_are_two_trunks(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_token_that_is_not_a_number_spoils_no_other_row(family: str) -> None:
-    """Token 14 is NaN: whoever has it before its end is lost, and the rows beside it keep their numbers, although it
-    stands in the cache behind which they pass."""
+    """Token 14 is NaN: whoever has it before its end is lost. The others keep their numbers, although they pass behind
+    the cache of the one that is lost, or beside it."""
     model = make(family)
-    rows = [row("a", 10, 11, 12), row("lost", 10, 11, 14, 12, 16), row("b", 10, 15), row("ends in it", 10, 14)]
+    rows = [row("lost", 10, 11, 14, 12, 16), row("a", 10, 11, 12), row("b", 10, 15), row("ends in it", 10, 14)]
+    rows += [TokenRow(f"other {n}", (2, 8, *ids, END), 2) for n, ids in enumerate([(10, 11, 12, 13), (10, 11, 15)])]
     before = alone(model, rows, set())
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
@@ -135,5 +143,29 @@ def test_a_token_that_is_not_a_number_spoils_no_other_row(family: str) -> None:
             model.lm_head.weight = nn.Parameter(weight.clone())
         weight[14] = torch.nan
         found = teacher_forced(Scorer.of(model), rows, set(), 0, 100)
-    assert {r.id: found[r].scores.lost for r in rows} == {"a": False, "lost": True, "b": False, "ends in it": True}
-    same({r: found[r] for r in rows if r.id in "ab"}, {r: before[r] for r in rows if r.id in "ab"})
+    assert {r.id for r in rows if found[r].scores.lost} == {"lost", "ends in it"}
+    whole = [r for r in rows if not found[r].scores.lost]
+    same({r: found[r] for r in whole}, {r: before[r] for r in whole})
+
+
+def test_a_cache_that_cannot_be_taken_apart_is_gone_around(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gru_core.metrics import forced
+
+    rows = tree(1)
+    monkeypatch.setattr(forced, "repeats", lambda cache: False)
+    with torch.no_grad():
+        found = teacher_forced(Scorer.of(model), rows, set(), 0, 4)
+    same(found, alone(model, rows, set()))
+
+
+def test_windows_of_a_model_that_sees_are_found() -> None:
+    """Their settings stand in the text part of the config."""
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    class Sees(nn.Module):
+        config = Gemma3Config(text_config=Gemma3TextConfig(num_hidden_layers=2))
+
+        def forward(self, input_ids: Any, past_key_values: Any = None, position_ids: Any = None) -> None: ...
+
+    scorer = Scorer(Sees(), lambda **given: None, torch.device("cpu"))
+    assert not scorer.continues()

@@ -14,10 +14,19 @@ import pytest
 import torch
 
 from gru_core import cost, size
-from gru_core.config import LoraConfig, ModelConfig, RectifyConfig, RetainConfig, RunConfig, TrainConfig, UnlearnConfig
+from gru_core.config import (
+    EvaluateConfig,
+    LoraConfig,
+    ModelConfig,
+    RectifyConfig,
+    RetainConfig,
+    RunConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
 from gru_core.errors import InputError
 from gru_core.logprobs import ELEMENTS
-from pipelines import cli, plan
+from pipelines import cli, plan, plan_inputs
 from pipelines.plan_inputs import Lengths
 
 SHAPES = Path(__file__).parent / "data" / "shapes"
@@ -172,6 +181,8 @@ def test_an_evaluation_by_hand() -> None:
         return cost.memory(of, kept, config(dtype=dtype), job, cost.Plan()).evaluation - kept.rest_fixed
 
     assert evaluation(shape) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V
+    caches = 2 * 4 * B * T * 2 * L * KV * HEAD  # behind answers that share one, and their own
+    assert evaluation(shape, replace(job, compared=True)) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V + caches
     assert evaluation(shape, dtype="pure_bfloat16") == 2 * B * (N + 1) * V + (2 + 4 + 4) * B * N * V
     assert evaluation(replace(shape, trims=False)) == 4 * B * T * V + 2 * 4 * B * N * V
     inner = 4 * B * T * (3 * I + 2 * D)
@@ -358,3 +369,12 @@ def test_a_config_with_workers_is_planned_for_them() -> None:
     given = plan.run(cfg)["as_configured"]
     assert (given["micro_batch"], given["passes"]) == (3, 2)
     assert given["memory"]["buckets"] == 4 * 1_235_814_400
+
+
+@pytest.mark.parametrize(
+    ("metrics", "compares"),
+    [(("extraction_strength",), False), (("forget_truth_ratio",), True), (("lm_eval:wmdp_bio",), True)],
+)
+def test_what_makes_answers_share_a_cache(metrics: tuple[str, ...], compares: bool) -> None:
+    asked = EvaluateConfig(metrics, unlearning="extraction_strength", retention="retain_extraction_strength")
+    assert plan_inputs.compares(RunConfig(evaluate=asked)) is compares

@@ -6,7 +6,6 @@ first column at which one has an answer token), K or J likewise, S cached tokens
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +15,7 @@ import torch
 from gru_core.batch import TokenRow, collate
 from gru_core.logprobs import AnswerTokens, answer_tokens, sequence_nll
 from gru_core.metrics.base import LOST_NLL, AnswerScores, Hits
-from gru_core.metrics.scorer import Scorer
+from gru_core.metrics.scorer import Scorer, repeated, repeats
 
 TAIL = 0.4
 """Share of an answer's tokens that Min-K% and Min-K%++ look at, the least likely ones; at least one token."""
@@ -72,17 +71,28 @@ def teacher_forced(
             alone += found
     out: Forced = {}
     for batch in _filled(_longest_first(trunks), room, lambda r: len(r.ids)):
-        behind = [row for trunk in batch for row in trunks[trunk]]
-        passed = _pass(scorer, batch, _any([*batch, *behind], tails), pad_id, keep=True)
-        out |= _score(passed, tails)
-        if any(out[trunk].scores.lost for trunk in batch):  # no mask keeps a NaN of the cache out of an attention
-            alone += behind
-            continue
-        for some in _branch_batches(batch, trunks, room):
-            out |= _score(_pass_behind(scorer, passed, some, _any((b.row for b in some), tails), pad_id), tails)
+        found, left = _with_branches(scorer, batch, trunks, tails, pad_id, room)
+        out |= found
+        alone += left
     for batch in _filled(_longest_first(alone), room, lambda r: len(r.ids)):
         out |= _score(_pass(scorer, batch, _any(batch, tails), pad_id, keep=False), tails)
     return out
+
+
+def _with_branches(
+    scorer: Scorer, batch: Sequence[TokenRow], trunks: dict[TokenRow, list[TokenRow]], tails: set[TokenRow],
+    pad_id: int, room: int,
+) -> tuple[Forced, list[TokenRow]]:  # fmt: skip
+    """Scores of a batch of trunks and of their branches; and the branches that cannot pass behind the model's cache."""
+    behind = [row for trunk in batch for row in trunks[trunk]]
+    passed = _pass(scorer, batch, _any([*batch, *behind], tails), pad_id, keep=True)
+    out = _score(passed, tails)
+    # a NaN goes through every mask: what is masked counts 0 times its value
+    if not repeats(passed.cache) or any(out[trunk].scores.lost for trunk in batch):
+        return out, behind
+    for some in _branch_batches(batch, trunks, room):
+        out |= _score(_pass_behind(scorer, passed, some, _any((b.row for b in some), tails), pad_id), tails)
+    return out, []
 
 
 def _longest_first(rows: Iterable[TokenRow]) -> list[TokenRow]:
@@ -177,7 +187,9 @@ def _pass(scorer: Scorer, rows: Sequence[TokenRow], standard: bool, pad_id: int,
     first = min(r.prompt_length for r in rows) - 1
     ids_BT, mask_BT = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
     K1 = ids_BT.shape[1] - first
-    options = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
+    options: dict[str, Any] = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
+    if keep:  # branches go on counting
+        options["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
     found = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=keep, **options)
     tokens = answer_tokens(found.logits[:, -K1:], batch.labels_BT[:, first:], standard)
     begin = [r.prompt_length - 1 - first for r in rows]
@@ -188,30 +200,22 @@ def _pass_behind(scorer: Scorer, trunks: _Passed, branches: Sequence[_Branch], s
     """One forward pass behind the cache of ``trunks``: of each branch the last token that it shares, which predicts the
     first of its own, and its own tokens less the last one."""
     device = scorer.device
-    rows, shared = [b.row for b in branches], torch.tensor([b.kept - 1 for b in branches], device=device)
-    place_B = torch.tensor([b.place for b in branches], device=device)
-    S = max(1, max(b.kept for b in branches) - 1)
+    rows, place_B = [b.row for b in branches], torch.tensor([b.place for b in branches], device=device)
+    shared_B1 = torch.tensor([[b.kept - 1] for b in branches], device=device)
+    # what is shared stands next to what is not: some models count their windows by columns
+    column_BS = torch.arange(-max(b.kept - 1 for b in branches), 0, device=device) + shared_B1
     own = [TokenRow(b.row.id, b.row.ids[b.kept - 1 :], 1, b.row.has_eos) for b in branches]
     batch = collate(own, range(len(own)), pad_id).to(device)
     ids_BK1, mask_BK1 = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
-    mask_BS = (torch.arange(S, device=device) < shared[:, None]).to(mask_BK1.dtype)
-    position_BK1 = shared[:, None] + torch.arange(ids_BK1.shape[1], device=device)
+    position_BK1 = shared_B1 + torch.arange(ids_BK1.shape[1], device=device)
     last_B1 = torch.tensor([[len(r.ids) - 2] for r in rows], device=device)  # padding has no position of its own
     logits = scorer.forward(
-        input_ids=ids_BK1, attention_mask=torch.cat([mask_BS, mask_BK1], dim=1),
-        position_ids=position_BK1.minimum(last_B1), past_key_values=_repeated(trunks.cache, place_B, S), use_cache=True,
+        input_ids=ids_BK1, attention_mask=torch.cat([(column_BS >= 0).to(mask_BK1.dtype), mask_BK1], dim=1),
+        position_ids=position_BK1.minimum(last_B1),
+        past_key_values=repeated(trunks.cache, place_B, column_BS.clamp(min=0)), use_cache=True,
     ).logits  # fmt: skip
     tokens = _joined(trunks, branches, answer_tokens(logits, batch.labels_BT, standard))
     return _Passed(rows, tokens, [0] * len(rows))
-
-
-def _repeated(cache: Any, place_B: torch.Tensor, S: int) -> Any:
-    """Of the rows ``place_B`` of ``cache`` the first ``S`` columns, as a cache of their own."""
-    out = copy.copy(cache)
-    out.layers = [copy.copy(layer) for layer in cache.layers]  # keys and values are replaced, never written to
-    out.crop(S - cache.get_seq_length())
-    out.batch_select_indices(place_B)
-    return out
 
 
 def _joined(trunks: _Passed, branches: Sequence[_Branch], own: AnswerTokens) -> AnswerTokens:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,9 +35,29 @@ class Scorer(NamedTuple):
         return name in inspect.signature(self.model.forward).parameters
 
     def continues(self) -> bool:
-        """Whether several answers can follow one pass over their prompt: the model takes positions, and a cache whose
-        rows can be repeated and hold the whole prompt."""
+        """Whether several answers can follow one pass over what they share: the model takes positions, and a cache that
+        holds the whole of it."""
         settings = getattr(self.model, "config", None)
+        if hasattr(settings, "get_text_config"):  # of a model that sees, too
+            settings = settings.get_text_config(decoder=True)
         whole = getattr(settings, "sliding_window", None) is None and not getattr(settings, "is_encoder_decoder", False)
         plain = set(getattr(settings, "layer_types", None) or ()) <= {"full_attention"}
         return whole and plain and self.takes("past_key_values") and self.takes("position_ids")
+
+
+def repeats(cache: Any) -> bool:
+    """Whether ``cache`` is keys and values of every token, which :func:`repeated` can take apart."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
+
+
+def repeated(cache: Any, place_B: torch.Tensor, column_BS: torch.Tensor) -> Any:
+    """A cache of B rows: of row ``place_B`` of ``cache`` the columns ``column_BS``. ``cache`` stays as it is."""
+    out = copy.copy(cache)
+    out.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in out.layers:  # (rows, heads, columns, width)
+        layer.keys = layer.keys.transpose(1, 2)[place_B[:, None], column_BS].transpose(1, 2)
+        layer.values = layer.values.transpose(1, 2)[place_B[:, None], column_BS].transpose(1, 2)
+    return out
