@@ -7,6 +7,8 @@ STAMP  := $(VENV)/.installed
 
 # Test processes: alone, a slow test leaves a third of two cores idle (waits, start-ups).
 TESTERS ?= 2
+# Slow tests that do not begin within so many minutes are left out and listed, other ones each day; empty: none is.
+MINUTES ?=
 PYTEST  := $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test lint types fast audit benchmarks clean
@@ -26,7 +28,7 @@ demo: setup
 	$(BIN)/gru demo
 
 test: lint types
-	$(PYTEST) --durations 40
+	$(PYTEST) --durations 40 $(if $(MINUTES),--minutes $(MINUTES))
 
 fast: setup
 	$(PYTEST) -m "not slow"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes", type=float, help="no slow test begins later than this; what is left out is listed as skipped"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("GRU_TESTS_BEGAN", str(time.time()))  # processes of pytest-xdist get it, too
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: processes that share the files out (``pytest -n``) then end together."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files without slow tests first, then those with some, from another one on each day: where time is short
+    (``--minutes``), each has its turn."""
+    slow = list(dict.fromkeys(item.path for item in items if item.get_closest_marker("slow")))
+    turn = date.today().toordinal() * len(slow) // 3
+    place = {path: 1 + (number - turn) % len(slow) for number, path in enumerate(slow)}
+    items.sort(key=lambda item: place.get(item.path, 0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and item.get_closest_marker("slow"):
+        spent = (time.time() - float(os.environ["GRU_TESTS_BEGAN"])) / 60
+        if spent > minutes:
+            pytest.skip(f"left out: {minutes:g} minutes are over; the next day begins with other slow tests")
 
 
 @pytest.fixture(scope="session")
