@@ -43,7 +43,7 @@ def test_a_search_from_the_command_line(study: Study, searched: tuple[Path, list
     document = json.loads((folder / "frontier.json").read_text())
     assert set(document["hypervolume"]) == {"plain", "sum", "rectified"}
     assert all(0 <= v <= 1 for v in document["hypervolume"].values())
-    assert document["trials"]["finished"] + document["trials"]["collapsed"] == 3
+    assert len(list(folder.glob("trials/*/scores.json"))) == 3
     assert "no conclusion can be drawn" in printed
     for name in ("png", "html"):
         assert (folder / f"frontier.{name}").stat().st_size > 10_000
