@@ -71,8 +71,8 @@ def teacher_forced(
             alone += found
     out: Forced = {}
     for batch in _filled(_longest_first(trunks), room, lambda r: len(r.ids)):
-        found, left = _with_branches(scorer, batch, trunks, tails, pad_id, room)
-        out |= found
+        scores, left = _with_branches(scorer, batch, trunks, tails, pad_id, room)
+        out |= scores
         alone += left
     for batch in _filled(_longest_first(alone), room, lambda r: len(r.ids)):
         out |= _score(_pass(scorer, batch, _any(batch, tails), pad_id, keep=False), tails)

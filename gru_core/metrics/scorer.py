@@ -37,7 +37,7 @@ class Scorer(NamedTuple):
     def continues(self) -> bool:
         """Whether several answers can follow one pass over what they share: the model takes positions, and a cache that
         holds the whole of it."""
-        settings = getattr(self.model, "config", None)
+        settings: Any = getattr(self.model, "config", None)
         if hasattr(settings, "get_text_config"):  # of a model that sees, too
             settings = settings.get_text_config(decoder=True)
         whole = getattr(settings, "sliding_window", None) is None and not getattr(settings, "is_encoder_decoder", False)
@@ -49,7 +49,7 @@ def repeats(cache: Any) -> bool:
     """Whether ``cache`` is keys and values of every token, which :func:`repeated` can take apart."""
     from transformers.cache_utils import DynamicLayer
 
-    layers = getattr(cache, "layers", None)
+    layers: list[Any] = getattr(cache, "layers", [])
     return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
 
 
