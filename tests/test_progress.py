@@ -164,7 +164,9 @@ def test_a_metric_on_the_model_is_run_once(model, monkeypatch, tmp_path: Path) -
         run(model, Progress(tmp_path, "step 5", Group()), config)
     found = run(model, Progress(tmp_path, "step 5", Group()), config)
     assert calls == ["first", "second", "second"]
-    assert found.scores["second/part"] == found.scores["first/part"] == found.scores["forget_probability"]
+    assert found.scores["second/part"] == found.scores["first/part"]
+    # there the answers pass alone, here together with the wrong ones
+    assert found.scores["first/part"] == pytest.approx(found.scores["forget_probability"], rel=1e-6)
     assert "second" not in run(model, None, config, final=False).scores
     other = replace(qa_benchmark(), forget=qa_benchmark().forget[1:])
     progress = Progress(tmp_path, "step 5", Group())
