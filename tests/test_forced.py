@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_taken_apart_is_gone_around(model: nn.Module, mon
     from gru_core.metrics import forced
 
     rows = tree(1)
-    monkeypatch.setattr(forced, "repeats", lambda cache: False)
+    monkeypatch.setattr(forced, "is_plain", lambda cache: False)
     with torch.no_grad():
         found = teacher_forced(Scorer.of(model), rows, set(), 0, 4)
     same(found, alone(model, rows, set()))

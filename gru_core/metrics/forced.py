@@ -15,7 +15,7 @@ import torch
 from gru_core.batch import TokenRow, collate
 from gru_core.logprobs import AnswerTokens, answer_tokens, sequence_nll
 from gru_core.metrics.base import LOST_NLL, AnswerScores, Hits
-from gru_core.metrics.scorer import Scorer, repeated, repeats
+from gru_core.metrics.scorer import Scorer, is_plain, picked
 
 TAIL = 0.4
 """Share of an answer's tokens that Min-K% and Min-K%++ look at, the least likely ones; at least one token."""
@@ -75,7 +75,7 @@ def teacher_forced(
         out |= scores
         alone += left
     for batch in _filled(_longest_first(alone), room, lambda r: len(r.ids)):
-        out |= _score(_pass(scorer, batch, _any(batch, tails), pad_id, keep=False), tails)
+        out |= _score(_pass(scorer, batch, _tailed(batch, tails), pad_id, keep=False), tails)
     return out
 
 
@@ -85,13 +85,13 @@ def _with_branches(
 ) -> tuple[Forced, list[TokenRow]]:  # fmt: skip
     """Scores of a batch of trunks and of their branches; and the branches that cannot pass behind the model's cache."""
     behind = [row for trunk in batch for row in trunks[trunk]]
-    passed = _pass(scorer, batch, _any([*batch, *behind], tails), pad_id, keep=True)
+    passed = _pass(scorer, batch, _tailed([*batch, *behind], tails), pad_id, keep=True)
     out = _score(passed, tails)
     # a NaN goes through every mask: what is masked counts 0 times its value
-    if not repeats(passed.cache) or any(out[trunk].scores.lost for trunk in batch):
+    if not is_plain(passed.cache) or any(out[trunk].scores.lost for trunk in batch):
         return out, behind
     for some in _branch_batches(batch, trunks, room):
-        out |= _score(_pass_behind(scorer, passed, some, _any((b.row for b in some), tails), pad_id), tails)
+        out |= _score(_pass_behind(scorer, passed, some, _tailed((b.row for b in some), tails), pad_id), tails)
     return out, []
 
 
@@ -145,7 +145,7 @@ def _shared(row: TokenRow, trunk: TokenRow) -> int:
     return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(row.ids) - 1, len(trunk.ids)))
 
 
-def _any(rows: Iterable[TokenRow], tails: set[TokenRow]) -> bool:
+def _tailed(rows: Iterable[TokenRow], tails: set[TokenRow]) -> bool:
     return any(row in tails for row in rows)
 
 
@@ -212,7 +212,7 @@ def _pass_behind(scorer: Scorer, trunks: _Passed, branches: Sequence[_Branch], s
     logits = scorer.forward(
         input_ids=ids_BK1, attention_mask=torch.cat([(column_BS >= 0).to(mask_BK1.dtype), mask_BK1], dim=1),
         position_ids=position_BK1.minimum(last_B1),
-        past_key_values=repeated(trunks.cache, place_B, column_BS.clamp(min=0)), use_cache=True,
+        past_key_values=picked(trunks.cache, place_B, column_BS.clamp(min=0)), use_cache=True,
     ).logits  # fmt: skip
     tokens = _joined(trunks, branches, answer_tokens(logits, batch.labels_BT, standard))
     return _Passed(rows, tokens, [0] * len(rows))

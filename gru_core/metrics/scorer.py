@@ -45,15 +45,15 @@ class Scorer(NamedTuple):
         return whole and plain and self.takes("past_key_values") and self.takes("position_ids")
 
 
-def repeats(cache: Any) -> bool:
-    """Whether ``cache`` is keys and values of every token, which :func:`repeated` can take apart."""
+def is_plain(cache: Any) -> bool:
+    """Whether ``cache`` is keys and values of every token, which :func:`picked` can take apart."""
     from transformers.cache_utils import DynamicLayer
 
     layers: list[Any] = getattr(cache, "layers", [])
     return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
 
 
-def repeated(cache: Any, place_B: torch.Tensor, column_BS: torch.Tensor) -> Any:
+def picked(cache: Any, place_B: torch.Tensor, column_BS: torch.Tensor) -> Any:
     """A cache of B rows: of row ``place_B`` of ``cache`` the columns ``column_BS``. ``cache`` stays as it is."""
     out = copy.copy(cache)
     out.layers = [copy.copy(layer) for layer in cache.layers]
