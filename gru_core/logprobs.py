@@ -7,6 +7,7 @@ Shape legend: B rows, T tokens of a row, V vocabulary, N answer tokens of the wh
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -139,9 +140,25 @@ def _tokens(
 
 
 def _top(logits_NV: torch.Tensor) -> torch.Tensor:
-    """The arg-max, (N,); -1 where the largest logit is not finite."""
-    value_N, place_N = logits_NV.max(dim=-1)
-    return place_N.masked_fill(~torch.isfinite(value_N), -1)
+    """The arg-max, (N,), the first one of equals; -1 where the largest logit is not finite.
+
+    Taken of blocks and then within a row's best one: on a CPU the largest value comes several times as fast as its
+    place.
+    """
+    width = _width(logits_NV.shape[1])
+    blocks_NKW = logits_NV.unflatten(1, (-1, width))
+    N, K = blocks_NKW.shape[:2]
+    block_N = blocks_NKW.amax(-1).argmax(-1)
+    best_NW = blocks_NKW.flatten(0, 1).index_select(0, torch.arange(N, device=logits_NV.device) * K + block_N)
+    value_N, place_N = best_NW.max(-1)
+    return (block_N * width + place_N).masked_fill(~torch.isfinite(value_N), -1)
+
+
+@functools.cache
+def _width(V: int) -> int:
+    """Of the blocks that a vocabulary is cut into: the largest divisor up to 128; all of it where only crumbs are."""
+    width = next(w for w in range(min(128, V), 0, -1) if V % w == 0)
+    return width if width >= 8 else V
 
 
 def _precise(logits: torch.Tensor) -> torch.Tensor:

@@ -7,20 +7,20 @@ first column at which one has an answer token), K or J likewise, S cached tokens
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from gru_core.batch import TokenRow, collate
 from gru_core.logprobs import AnswerTokens, answer_tokens, sequence_nll
 from gru_core.metrics.base import LOST_NLL, AnswerScores, Hits
+from gru_core.metrics.batches import cut
 from gru_core.metrics.scorer import Scorer, is_plain, picked
 
 TAIL = 0.4
 """Share of an answer's tokens that Min-K% and Min-K%++ look at, the least likely ones; at least one token."""
 
-R = TypeVar("R")
 Prompt = tuple[int, ...]
 
 
@@ -70,11 +70,12 @@ def teacher_forced(
         else:
             alone += found
     out: Forced = {}
-    for batch in _filled(_longest_first(trunks), room, lambda r: len(r.ids)):
+    # trunks in as few batches as can be: the branches behind each of them are sorted among themselves
+    for batch in cut(_longest_first(trunks), room, room, _length):
         scores, left = _with_branches(scorer, batch, trunks, tails, pad_id, room)
         out |= scores
         alone += left
-    for batch in _filled(_longest_first(alone), room, lambda r: len(r.ids)):
+    for batch in cut(_longest_first(alone), room, _price(scorer.device), _length):
         out |= _score(_pass(scorer, batch, _tailed(batch, tails), pad_id, keep=False), tails)
     return out
 
@@ -90,7 +91,9 @@ def _with_branches(
     # a NaN goes through every mask: what is masked counts 0 times its value
     if not is_plain(passed.cache) or any(out[trunk].scores.lost for trunk in batch):
         return out, behind
-    for some in _branch_batches(batch, trunks, room):
+    branches = [_Branch(row, p, _shared(row, trunk)) for p, trunk in enumerate(batch) for row in trunks[trunk]]
+    branches.sort(key=lambda b: (-b.rest, -b.kept))
+    for some in cut(branches, room, _price(scorer.device), lambda b: b.rest, lambda b: b.kept + b.rest):
         out |= _score(_pass_behind(scorer, passed, some, _tailed((b.row for b in some), tails), pad_id), tails)
     return out, []
 
@@ -98,6 +101,16 @@ def _with_branches(
 def _longest_first(rows: Iterable[TokenRow]) -> list[TokenRow]:
     """Memory fails early."""
     return sorted(rows, key=lambda r: (-len(r.ids), r.prompt_length))
+
+
+def _length(row: TokenRow) -> int:
+    return len(row.ids)
+
+
+def _price(device: torch.device) -> int:
+    """What a pass costs besides its tokens, in tokens: on a CPU little; on a GPU the starts of its kernels, which take
+    as long as the tokens of a small batch."""
+    return 64 if device.type == "cpu" else 4096
 
 
 def _trunk(rows: Sequence[TokenRow], tails: set[TokenRow]) -> TokenRow:
@@ -129,16 +142,6 @@ class _Branch(NamedTuple):
         return len(self.row.ids) - self.kept
 
 
-def _branch_batches(
-    batch: Sequence[TokenRow], trunks: dict[TokenRow, list[TokenRow]], room: int
-) -> Iterator[list[_Branch]]:
-    """The branches of ``batch``, those with the most tokens of their own first."""
-    found = [_Branch(row, p, _shared(row, trunk)) for p, trunk in enumerate(batch) for row in trunks[trunk]]
-    found.sort(key=lambda b: (-b.rest, -b.kept))
-    before = max((b.kept for b in found), default=0)
-    return _filled(found, room, lambda b: before + b.rest)
-
-
 def _shared(row: TokenRow, trunk: TokenRow) -> int:
     """How many first tokens of ``row`` ``trunk`` has too; the last one of ``row`` does not count."""
     pairs = zip(row.ids[:-1], trunk.ids, strict=False)
@@ -147,20 +150,6 @@ def _shared(row: TokenRow, trunk: TokenRow) -> int:
 
 def _tailed(rows: Iterable[TokenRow], tails: set[TokenRow]) -> bool:
     return any(row in tails for row in rows)
-
-
-def _filled(items: Sequence[R], room: int, length: Callable[[R], int]) -> Iterator[list[R]]:
-    """Runs of ``items`` whose sequences, padded to the longest, have at most ``room`` tokens; at least one item."""
-    batch: list[R] = []
-    longest = 0
-    for item in items:
-        longest = max(longest, length(item))
-        if batch and longest * (len(batch) + 1) > room:
-            yield batch
-            batch, longest = [], length(item)
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 class _Passed(NamedTuple):

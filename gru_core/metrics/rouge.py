@@ -15,14 +15,30 @@ def _scorer(stem: bool) -> Any:
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
 
 
+@functools.cache
+def _words() -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return DefaultTokenizer(use_stemmer=False).tokenize
+
+
+def _of_equals(answer: str, generation: str) -> float | None:
+    """What every score is of two texts of the same words, which needs no stems and no table of subsequences: 1, or 0
+    without a word; None of other texts."""
+    words = _words()(answer)
+    return float(bool(words)) if words == _words()(generation) else None
+
+
 def rouge_l_recall(answer: str, generation: str) -> float:
     """Longest common subsequence of words over the words of ``answer``, in [0, 1]."""
-    return float(_scorer(True).score(answer, generation)["rougeL"].recall)
+    same = _of_equals(answer, generation)
+    return float(_scorer(True).score(answer, generation)["rougeL"].recall) if same is None else same
 
 
 def rouge_l_f1(answer: str, generation: str, stem: bool) -> float:
     """Harmonic mean of the recall and of the same subsequence over the words of ``generation``, in [0, 1]."""
-    return float(_scorer(stem).score(answer, generation)["rougeL"].fmeasure)
+    same = _of_equals(answer, generation)
+    return float(_scorer(stem).score(answer, generation)["rougeL"].fmeasure) if same is None else same
 
 
 def rouge(measurements: Measurements, name: str) -> float:

@@ -54,10 +54,10 @@ def is_plain(cache: Any) -> bool:
 
 
 def picked(cache: Any, place_B: torch.Tensor, column_BS: torch.Tensor) -> Any:
-    """A cache of B rows: of row ``place_B`` of ``cache`` the columns ``column_BS``. ``cache`` stays as it is."""
+    """A cache of B rows for one pass: of row ``place_B`` of ``cache`` the columns ``column_BS``. ``cache`` stays as it
+    is."""
+    from gru_core.metrics.caches import Picked
+
     out = copy.copy(cache)
-    out.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in out.layers:  # (rows, heads, columns, width)
-        layer.keys = layer.keys.transpose(1, 2)[place_B[:, None], column_BS].transpose(1, 2)
-        layer.values = layer.values.transpose(1, 2)[place_B[:, None], column_BS].transpose(1, 2)
+    out.layers = [Picked(layer, place_B, column_BS) for layer in cache.layers]
     return out
