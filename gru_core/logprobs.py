@@ -115,14 +115,23 @@ def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: b
     place_N, targets_N = _places(labels_BT)
     T = labels_BT.shape[1]
     place_N = place_N - place_N // T * (T - logits_BTV.shape[1])
+    found = tokens_at(logits_BTV, place_N, targets_N, standard)
+    nll_BT1, hits_BT1, top_BT1 = (_scatter(each, labels_BT) for each in (found.nll, found.hits, found.top))
+    scattered = None if found.standard is None else _scatter(found.standard, labels_BT)
+    return AnswerTokens(nll_BT1, hits_BT1, top_BT1, scattered)
+
+
+@torch.no_grad()
+def tokens_at(
+    logits_BTV: torch.Tensor, place_N: torch.Tensor, targets_N: torch.Tensor, standard: bool = False
+) -> AnswerTokens:
+    """The same of any tokens ``targets_N``, each predicted at the flat position ``place_N`` of (B, T); fields (N,)."""
     flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
     room = CACHED if place_N.device.type == "cpu" else ELEMENTS
     slices = torch.arange(len(place_N), device=place_N.device).split(max(1, room // flat.shape[1]))
     found = [_tokens(flat.index_select(0, place_N[n]), targets_N[n], standard) for n in slices]
     nll_N, top_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
-    scattered = _scatter(standard_N, labels_BT) if standard else None
-    hits_BT1 = _scatter(top_N == targets_N, labels_BT)
-    return AnswerTokens(_scatter(nll_N, labels_BT), hits_BT1, _scatter(top_N, labels_BT), scattered)
+    return AnswerTokens(nll_N, top_N == targets_N, top_N, standard_N if standard else None)
 
 
 def _tokens(

@@ -114,11 +114,10 @@ def row(name: str, *ids: int) -> TokenRow:
 
 
 def test_what_answers_share_is_fed_once(model: nn.Module) -> None:
-    """``a`` goes whole, 7 tokens and the closing one. ``b`` shares 4 answer tokens with it: its 13 goes again, which
-    predicts its end; of ``c`` the shared 11 and its own 15 and 16; of ``d``, which shares the prompt alone, the
-    prompt's 9 and its own 17."""
+    """``a`` goes whole, 7 tokens and the closing one, and its pass tells of every other answer's first own token too.
+    ``b`` ends there; of ``c`` 15 and 16 tell of what is behind them, of ``d`` 17."""
     a, b, c, d = row("a", 10, 11, 12, 13, 14), row("b", 10, 11, 12, 13), row("c", 10, 11, 15, 16), row("d", 17)
-    assert fed(model, [a, b, c, d]) == 7 + 1 + 3 + 2
+    assert fed(model, [a, b, c, d]) == 7 + 0 + 2 + 1
     assert fed(model, [a]) == 7
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gru_core.batch import TokenRow, collate
-from gru_core.logprobs import AnswerTokens, answer_tokens, sequence_nll
+from gru_core.logprobs import AnswerTokens, answer_tokens, sequence_nll, tokens_at
 from gru_core.metrics.base import LOST_NLL, AnswerScores, Hits
 from gru_core.metrics.batches import cut
 from gru_core.metrics.scorer import Scorer, is_plain, picked
@@ -76,7 +76,7 @@ def teacher_forced(
         out |= scores
         alone += left
     for batch in cut(_longest_first(alone), room, _price(scorer.device), _length):
-        out |= _score(_pass(scorer, batch, _tailed(batch, tails), pad_id, keep=False), tails)
+        out |= _score(_pass(scorer, batch, _tailed(batch, tails), pad_id), tails)
     return out
 
 
@@ -85,16 +85,20 @@ def _with_branches(
     pad_id: int, room: int,
 ) -> tuple[Forced, list[TokenRow]]:  # fmt: skip
     """Scores of a batch of trunks and of their branches; and the branches that cannot pass behind the model's cache."""
-    behind = [row for trunk in batch for row in trunks[trunk]]
-    passed = _pass(scorer, batch, _tailed([*batch, *behind], tails), pad_id, keep=True)
+    found = [_Branch(row, p, _shared(row, trunk)) for p, trunk in enumerate(batch) for row in trunks[trunk]]
+    branches = sorted(found, key=lambda b: (-b.fed, -b.kept))
+    passed = _pass(scorer, batch, _tailed([*batch, *(b.row for b in branches)], tails), pad_id, branches)
     out = _score(passed, tails)
     # a NaN goes through every mask: what is masked counts 0 times its value
     if not is_plain(passed.cache) or any(out[trunk].scores.lost for trunk in batch):
-        return out, behind
-    branches = [_Branch(row, p, _shared(row, trunk)) for p, trunk in enumerate(batch) for row in trunks[trunk]]
-    branches.sort(key=lambda b: (-b.rest, -b.kept))
-    for some in cut(branches, room, _price(scorer.device), lambda b: b.rest, lambda b: b.kept + b.rest):
-        out |= _score(_pass_behind(scorer, passed, some, _tailed((b.row for b in some), tails), pad_id), tails)
+        return out, [b.row for b in branches]
+    begun = 0
+    for some in cut(branches, room, _price(scorer.device), lambda b: b.fed, lambda b: b.kept + b.fed):
+        rows = [b.row for b in some]
+        standard = _tailed(rows, tails)
+        own = _own_tokens(scorer, passed.cache, some, standard, pad_id) if some[0].fed else None
+        out |= _score(_Passed(rows, _joined(passed, some, begun, own, standard), [0] * len(rows)), tails)
+        begun += len(some)
     return out, []
 
 
@@ -130,22 +134,23 @@ def _trunk(rows: Sequence[TokenRow], tails: set[TokenRow]) -> TokenRow:
 
 
 class _Branch(NamedTuple):
-    """A row that has its first ``kept`` tokens, less than all, in common with the row at ``place`` of its trunks."""
+    """A row that has its first ``kept`` tokens in common with the row at ``place`` of its trunks, which feeds them."""
 
     row: TokenRow
     place: int
     kept: int
 
     @property
-    def rest(self) -> int:
-        """Tokens of its own, all of them answer."""
-        return len(self.row.ids) - self.kept
+    def fed(self) -> int:
+        """Tokens that follow behind the trunk's: those of its own but the last one."""
+        return len(self.row.ids) - self.kept - 1
 
 
 def _shared(row: TokenRow, trunk: TokenRow) -> int:
-    """How many first tokens of ``row`` ``trunk`` has too; the last one of ``row`` does not count."""
-    pairs = zip(row.ids[:-1], trunk.ids, strict=False)
-    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(row.ids) - 1, len(trunk.ids)))
+    """How many first tokens ``row`` and ``trunk`` have in common; the last one of either, which is not fed, does not
+    count."""
+    fed = min(len(row.ids), len(trunk.ids)) - 1
+    return next((k for k in range(fed) if row.ids[k] != trunk.ids[k]), fed)
 
 
 def _tailed(rows: Iterable[TokenRow], tails: set[TokenRow]) -> bool:
@@ -158,74 +163,89 @@ class _Passed(NamedTuple):
     Attributes:
         tokens: each (B, K1).
         begin: the column of each row's first answer token.
-        cache: behind all tokens of the rows but the last, where it was asked for.
+        first: of each branch that is to follow, (N,), the first token of its own.
+        cache: behind all tokens of the rows but the last, where branches are to follow.
     """
 
     rows: Sequence[TokenRow]
     tokens: AnswerTokens
     begin: list[int]
+    first: AnswerTokens | None = None
     cache: Any = None
 
 
-def _pass(scorer: Scorer, rows: Sequence[TokenRow], standard: bool, pad_id: int, keep: bool) -> _Passed:
+def _pass(
+    scorer: Scorer, rows: Sequence[TokenRow], standard: bool, pad_id: int, branches: Sequence[_Branch] = ()
+) -> _Passed:
     """One forward pass, without the logits of positions before the first answer where the model can leave them out.
 
     The last token predicts nothing and is not fed: a row may be one token longer than the model takes.
     """
-    batch = collate(rows, range(len(rows)), pad_id).to(scorer.device)
-    first = min(r.prompt_length for r in rows) - 1
-    ids_BT, mask_BT = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
-    K1 = ids_BT.shape[1] - first
-    options: dict[str, Any] = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
-    if keep:  # branches go on counting
-        options["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    found = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=keep, **options)
-    tokens = answer_tokens(found.logits[:, -K1:], batch.labels_BT[:, first:], standard)
-    begin = [r.prompt_length - 1 - first for r in rows]
-    return _Passed(rows, tokens, begin, found.past_key_values if keep else None)
-
-
-def _pass_behind(scorer: Scorer, trunks: _Passed, branches: Sequence[_Branch], standard: bool, pad_id: int) -> _Passed:
-    """One forward pass behind the cache of ``trunks``: of each branch the last token that it shares, which predicts the
-    first of its own, and its own tokens less the last one."""
     device = scorer.device
-    rows, place_B = [b.row for b in branches], torch.tensor([b.place for b in branches], device=device)
-    shared_B1 = torch.tensor([[b.kept - 1] for b in branches], device=device)
+    batch = collate(rows, range(len(rows)), pad_id).to(device)
+    before = min(r.prompt_length for r in rows) - 1
+    ids_BT, mask_BT = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
+    K1 = ids_BT.shape[1] - before
+    options: dict[str, Any] = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
+    if branches:  # which go on counting
+        options["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    found = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=bool(branches), **options)
+    logits_BKV = found.logits[:, -K1:]
+    tokens = answer_tokens(logits_BKV, batch.labels_BT[:, before:], standard)
+    begin = [r.prompt_length - 1 - before for r in rows]
+    if not branches:
+        return _Passed(rows, tokens, begin)
+    place_N = torch.tensor([b.place * K1 + b.kept - 1 - before for b in branches], device=device)
+    own_N = torch.tensor([b.row.ids[b.kept] for b in branches], device=device)
+    first = tokens_at(logits_BKV, place_N, own_N, standard)
+    return _Passed(rows, tokens, begin, first, found.past_key_values)
+
+
+def _own_tokens(scorer: Scorer, cache: Any, branches: Sequence[_Branch], standard: bool, pad_id: int) -> AnswerTokens:
+    """One forward pass behind ``cache``: of each branch its own tokens less the last one, which tell of those behind
+    the first of its own; each (B, K)."""
+    device = scorer.device
+    place_B = torch.tensor([b.place for b in branches], device=device)
+    kept_B1 = torch.tensor([[b.kept] for b in branches], device=device)
     # what is shared stands next to what is not: some models count their windows by columns
-    column_BS = torch.arange(-max(b.kept - 1 for b in branches), 0, device=device) + shared_B1
-    own = [TokenRow(b.row.id, b.row.ids[b.kept - 1 :], 1, b.row.has_eos) for b in branches]
+    column_BS = torch.arange(-max(b.kept for b in branches), 0, device=device) + kept_B1
+    own = [TokenRow(b.row.id, b.row.ids[b.kept :], 1, b.row.has_eos) for b in branches]
     batch = collate(own, range(len(own)), pad_id).to(device)
-    ids_BK1, mask_BK1 = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
-    position_BK1 = shared_B1 + torch.arange(ids_BK1.shape[1], device=device)
-    last_B1 = torch.tensor([[len(r.ids) - 2] for r in rows], device=device)  # padding has no position of its own
+    ids_BK, mask_BK = batch.ids_BT[:, :-1], batch.mask_BT[:, :-1]
+    position_BK = kept_B1 + torch.arange(ids_BK.shape[1], device=device)
+    last_B1 = torch.tensor([[b.kept + b.fed - 1] for b in branches], device=device)  # padding has no place of its own
     logits = scorer.forward(
-        input_ids=ids_BK1, attention_mask=torch.cat([(column_BS >= 0).to(mask_BK1.dtype), mask_BK1], dim=1),
-        position_ids=position_BK1.minimum(last_B1),
-        past_key_values=picked(trunks.cache, place_B, column_BS.clamp(min=0)), use_cache=True,
+        input_ids=ids_BK, attention_mask=torch.cat([(column_BS >= 0).to(mask_BK.dtype), mask_BK], dim=1),
+        position_ids=position_BK.minimum(last_B1), past_key_values=picked(cache, place_B, column_BS.clamp(min=0)),
+        use_cache=True,
     ).logits  # fmt: skip
-    tokens = _joined(trunks, branches, answer_tokens(logits, batch.labels_BT, standard))
-    return _Passed(rows, tokens, [0] * len(rows))
+    return answer_tokens(logits, batch.labels_BT, standard)
 
 
-def _joined(trunks: _Passed, branches: Sequence[_Branch], own: AnswerTokens) -> AnswerTokens:
-    """Tokens of whole answers, (B, K1): what a branch shares as the pass over its trunk told it, behind it its own."""
-    device, K = own.nll.device, trunks.tokens.nll.shape[1]
+def _joined(
+    trunks: _Passed, branches: Sequence[_Branch], begun: int, own: AnswerTokens | None, standard: bool
+) -> AnswerTokens:
+    """Tokens of whole answers, (B, J): of a branch what it shares and the first of its own as the pass over its trunk
+    told them, behind them the rest of its own. ``branches`` are those from number ``begun`` on."""
+    device, K = trunks.tokens.nll.device, trunks.tokens.nll.shape[1]
     place_B = torch.tensor([b.place for b in branches], device=device)
     begin_B1 = torch.tensor([[trunks.begin[b.place]] for b in branches], device=device)
     shared_B1 = torch.tensor([[b.kept - b.row.prompt_length] for b in branches], device=device)
     column_J = torch.arange(max(b.row.answer_length for b in branches), device=device)
-    last = K + own.nll.shape[1] - 1
-    index_BJ = torch.where(
-        column_J < shared_B1, begin_B1 + column_J, (K + column_J - shared_B1).clamp(max=last)
-    )  # fmt: skip
     outside_BJ = column_J >= torch.tensor([[b.row.answer_length] for b in branches], device=device)
+    index_BJ = torch.where(column_J < shared_B1, begin_B1 + column_J, K + column_J - shared_B1)
+    index_BJ = index_BJ.masked_fill(outside_BJ, 0)
 
-    def join(trunk_PK: torch.Tensor, own_BK: torch.Tensor) -> torch.Tensor:
-        joined_BJ = torch.cat([trunk_PK[place_B], own_BK], dim=1).gather(1, index_BJ)
-        return joined_BJ.masked_fill(outside_BJ, 0)
+    def join(field: str) -> torch.Tensor:
+        parts = [
+            getattr(trunks.tokens, field)[place_B],
+            getattr(trunks.first, field)[begun : begun + len(branches), None],
+        ]
+        if own is not None:
+            parts.append(getattr(own, field))
+        return torch.cat(parts, dim=1).gather(1, index_BJ).masked_fill(outside_BJ, 0)
 
-    fields = [f for f in AnswerTokens._fields if getattr(own, f) is not None]
-    return AnswerTokens(**{f: join(getattr(trunks.tokens, f), getattr(own, f)) for f in fields})
+    return AnswerTokens(join("nll"), join("hits"), join("top"), join("standard") if standard else None)
 
 
 def _score(passed: _Passed, tails: set[TokenRow]) -> Forced:
