@@ -11,25 +11,26 @@ answer at a time, in fixed batches of 32 rows in the benchmark's order, padded o
 positions; generation with ``model.generate`` in batches of 32, padded on the left. Each metric makes the passes it
 needs, whatever another one made before; ``passes shared`` is the same with every answer's pass made once for all
 metrics that read it. Our side gets as many tokens a batch as 32 of the longest rows have. Each side runs in a process
-of its own, turn about; time is without loading the model, and with tokenising. Peak memory is the growth of resident
-memory at its peak.
+of its own, in short turns (``benchmarks/turns.py``); time is the sum of its turns, without loading the model, and with
+tokenising. Peak memory is the growth of resident memory at its peak. The floor is what the matrix products alone take,
+of the tokens that any evaluation has to feed, at the rate of a large square product.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from turns import in_turns
 from usual_evaluation import SETS, Usual
 
 from gru_core import models
@@ -40,6 +41,8 @@ from gru_core.metrics import evaluate, measure
 from gru_core.metrics.tokens import encode_rows
 
 BATCH, NEW_TOKENS = 32, 200
+TURNS = {"usual": 2.0, "shared": 2.0, "ours": 0.4}
+"""Seconds."""
 METRICS = (
     "forget_probability", "retain_probability", "forget_rouge", "retain_rouge", "forget_truth_ratio",
     "retain_truth_ratio", "extraction_strength", "retain_extraction_strength", "exact_memorization",
@@ -48,8 +51,8 @@ METRICS = (
 )  # fmt: skip
 
 
-def side(args: argparse.Namespace) -> dict[str, Any]:
-    """One side, in this process."""
+def side(args: argparse.Namespace, begin: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """One side, in this process; ``begin`` is called when everything is loaded."""
     torch.set_num_threads(args.threads)
     model, tokenizer = models.load_model(args.model, ModelConfig()).eval(), models.load_tokenizer(args.model)
     benchmark = load_benchmark(BenchmarkConfig(name="tofu", split="forget10", data_dir=args.data))
@@ -67,35 +70,52 @@ def side(args: argparse.Namespace) -> dict[str, Any]:
     work = ours if args.side == "ours" else usual
     work(warm)
     found = _watch(model) if args.side == "ours" else {}
+    begin()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-    start, used = time.perf_counter(), time.process_time()
+    used = time.process_time()
     scores = work(benchmark)
-    seconds, used = time.perf_counter() - start, time.process_time() - used
-    found |= {
-        "seconds": seconds,
-        "cpu_seconds": used,
-        "peak_mib": (_resident("VmHWM") - before) / 1024,
-        "scores": scores,
-    }
-    if args.side == "ours":
-        found["least_tokens"] = _least(benchmark, tokenizer, models.max_length(model))
-    return found
+    used = time.process_time() - used
+    return found | {"cpu_seconds": used, "peak_mib": (_resident("VmHWM") - before) / 1024, "scores": scores}
+
+
+def floor(args: argparse.Namespace) -> dict[str, float]:
+    """Tokens and CPU seconds that no evaluation of these rows can do without."""
+    torch.set_num_threads(args.threads)
+    model, tokenizer = models.load_model(args.model, ModelConfig()), models.load_tokenizer(args.model)
+    benchmark = load_benchmark(BenchmarkConfig(name="tofu", split="forget10", data_dir=args.data))
+    scored = [row for name in SETS for row in benchmark.scored[name][: args.rows]]
+    tokens = predictions = 0
+    for e in encode_rows(tokenizer, [(row, True) for row in scored], models.max_length(model), ModelConfig()):
+        answers = [a.ids for a in (e.answer, e.paraphrase, *e.perturbed) if a is not None]
+        fed = {ids[:k] for ids in answers for k in range(1, len(ids))}  # the last token tells of nothing
+        tokens += len(fed)
+        predictions += sum(len(ids) >= e.answer.prompt_length for ids in fed)
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    products = 2 * (tokens * sum(m.weight.numel() for m in layers) + predictions * head.weight.numel())
+    square, n = torch.randn(2048, 2048), 20
+    square @ square
+    start = time.process_time()
+    for _ in range(n):
+        square @ square
+    rate = 2 * n * 2048**3 / (time.process_time() - start)
+    return {"tokens": tokens, "cpu_seconds": products / rate}
 
 
 def _watch(model: Any) -> dict[str, Any]:
-    """Seconds of the parts of our side, and the tokens that it feeds, padding included."""
+    """CPU seconds of the parts of our side, and the tokens that it feeds, padding included."""
     found: dict[str, Any] = {"parts": {}, "tokens": {"answers": 0, "generation": 0}}
 
     def timed(name: str) -> None:
         function = getattr(measure, name)
 
         def call(*given: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return function(*given, **named)
             finally:
-                found["parts"][name] = found["parts"].get(name, 0.0) + time.perf_counter() - start
+                found["parts"][name] = found["parts"].get(name, 0.0) + time.process_time() - start
 
         setattr(measure, name, call)
 
@@ -108,16 +128,6 @@ def _watch(model: Any) -> dict[str, Any]:
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     return found
-
-
-def _least(benchmark: Benchmark, tokenizer: Any, length: int) -> int:
-    """Tokens that any evaluation has to feed: what answers to a prompt share once, their last ones not at all."""
-    least = 0
-    for rows in benchmark.scored.values():
-        for e in encode_rows(tokenizer, [(row, True) for row in rows], length, ModelConfig()):
-            answers = [a.ids for a in (e.answer, e.paraphrase, *e.perturbed) if a is not None]
-            least += len({ids[:k] for ids in answers for k in range(1, len(ids))})
-    return least
 
 
 def _resident(key: str) -> int:
@@ -139,30 +149,38 @@ def profile(args: argparse.Namespace) -> list[str]:
     return text.getvalue().splitlines()
 
 
-def once(args: argparse.Namespace, which: str) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--side", which, "--model", args.model, "--data", args.data]
-    words += ["--threads", str(args.threads)] + (["--rows", str(args.rows)] if args.rows else [])
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=dict(os.environ))
-    return json.loads(done.stdout.splitlines()[-1])
+def _wait() -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def once(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All sides in turns; a turn in proportion to what a side takes."""
+    words = [sys.executable, __file__, "--model", args.model, "--data", args.data, "--threads", str(args.threads)]
+    words += ["--rows", str(args.rows)] if args.rows else []
+    return in_turns({which: [*words, "--side", which] for which in TURNS}, TURNS)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    sides = ("usual", "shared", "ours")
-    turns = [{which: once(args, which) for which in sides} for _ in range(args.repeats)]
-    ratios = {w: [turn[w]["seconds"] / turn["ours"]["seconds"] for turn in turns] for w in sides[:2]}
-    usual, ours = turns[0]["usual"]["scores"], turns[0]["ours"]["scores"]
+    rounds = []
+    for number in range(args.repeats):
+        rounds.append(once(args))
+        took = {which: round(found["seconds"], 1) for which, found in rounds[-1].items()}
+        print(f"round {number + 1} of {args.repeats}: seconds {took}", file=sys.stderr)
+    ratios = {w: [each[w]["seconds"] / each["ours"]["seconds"] for each in rounds] for w in TURNS}
+    usual, ours = rounds[0]["usual"]["scores"], rounds[0]["ours"]
+    least = floor(args)
     return {
         "date": date.today().isoformat(), "torch": torch.__version__, "processor": platform.processor(),
         "threads": args.threads, "rows": args.rows or 1017, "repeats": args.repeats,
         "speedup": statistics.median(ratios["usual"]), "speedups": ratios["usual"],
         "speedup_passes_shared": statistics.median(ratios["shared"]),
-        "speedup_cpu": statistics.median(t["usual"]["cpu_seconds"] / t["ours"]["cpu_seconds"] for t in turns),
-        "cpu_seconds": {w: statistics.median(t[w]["cpu_seconds"] for t in turns) for w in sides},
-        "seconds": {w: statistics.median(t[w]["seconds"] for t in turns) for w in sides},
-        "peak_mib": {w: max(t[w]["peak_mib"] for t in turns) for w in sides},
-        "largest_difference": max(abs(usual[name] - ours[name]) for name in usual),
-        "parts": turns[0]["ours"]["parts"], "tokens": turns[0]["ours"]["tokens"],
-        "least_tokens": turns[0]["ours"]["least_tokens"], "scores": ours,
+        "speedup_cpu": statistics.median(r["usual"]["cpu_seconds"] / r["ours"]["cpu_seconds"] for r in rounds),
+        "cpu_seconds": {w: statistics.median(r[w]["cpu_seconds"] for r in rounds) for w in TURNS},
+        "seconds": {w: statistics.median(r[w]["seconds"] for r in rounds) for w in TURNS},
+        "peak_mib": {w: max(r[w]["peak_mib"] for r in rounds) for w in TURNS},
+        "largest_difference": max(abs(usual[name] - ours["scores"][name]) for name in usual),
+        "cpu_seconds_of_parts": ours["parts"], "tokens": ours["tokens"], "floor": least, "scores": ours["scores"],
     }  # fmt: skip
 
 
@@ -181,7 +199,7 @@ def main() -> None:
         args.side = "ours"
         print("\n".join(profile(args)))
     elif args.side:
-        print(json.dumps(side(args)))
+        print(json.dumps(side(args, _wait)))
     else:
         found = compare(args)
         if args.json:
@@ -191,6 +209,8 @@ def main() -> None:
         print(f"usual {seconds['usual']:.1f} s, ours {seconds['ours']:.1f} s: {found['speedup']:.2f} x")
         print(f"usual with passes shared {seconds['shared']:.1f} s: {found['speedup_passes_shared']:.2f} x")
         print(f"peak memory: usual {found['peak_mib']['usual']:.0f} MiB, ours {found['peak_mib']['ours']:.0f} MiB")
+        floor_s, used = found["floor"]["cpu_seconds"], found["cpu_seconds"]["ours"]
+        print(f"floor: {floor_s:.1f} CPU seconds of {used:.1f}")
         print(f"largest difference of a score: {found['largest_difference']:.2g}")
 
 
