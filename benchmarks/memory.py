@@ -35,6 +35,7 @@ from gru_core.logprobs import CACHED, ELEMENTS
 from gru_core.losses import Rows
 from gru_core.metrics.forced import teacher_forced
 from gru_core.metrics.generate import greedy
+from gru_core.metrics.passes import Look
 from gru_core.metrics.scorer import Scorer
 from gru_core.objectives import build_objective
 from gru_core.parallel import Group
@@ -53,7 +54,8 @@ TINY = SMALL | {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 
 class Case:
     """One run to measure: ``rows`` of ``tokens`` tokens in each stream, over all workers.
 
-    ``evaluated``: rows in an evaluation batch behind the steps, 0: none; ``generated`` tokens for each, 0: none.
+    ``evaluated``: rows in an evaluation batch behind the steps, 0: none; ``answers`` to each prompt, ``generated``
+    tokens for each, 0: none.
     """
 
     shape: str = "small"
@@ -68,6 +70,7 @@ class Case:
     strategy: str = "ddp"
     workers: int = 1
     evaluated: int = 0
+    answers: int = 1
     generated: int = 0
 
     def config(self) -> RunConfig:
@@ -106,6 +109,7 @@ CASES = {
     "fsdp, 2 workers": Case(workers=2, strategy="fsdp"),
     "evaluation": Case(micro_batch=2, evaluated=128),
     "evaluation, bfloat16": Case(micro_batch=2, evaluated=64, dtype="bfloat16"),
+    "evaluation, four answers to a prompt": Case(micro_batch=2, evaluated=128, answers=4),
     "evaluation, generating": Case(micro_batch=2, evaluated=32, generated=64),
 }
 
@@ -118,7 +122,7 @@ def predict(case: Case, device: str = "cpu") -> cost.Memory:
     rows = -(-case.rows // case.workers)
     work = cost.Work(
         case.workers, rows, min(rows, case.micro_batch or rows), case.tokens, case.tokens - case.tokens // 4,
-        case.evaluated, case.generated, CACHED if device == "cpu" else ELEMENTS,
+        case.evaluated, case.generated, CACHED if device == "cpu" else ELEMENTS, case.answers > 1,
     )  # fmt: skip
     kept = size.saved(settings, config.model, case.tokens, cast)
     return cost.memory(size.shape(settings, config.model), kept, config, work, plan)
@@ -171,11 +175,16 @@ def steps(case: Case, group: Group, count: int = 2) -> None:
 def evaluate(case: Case, model: nn.Module, group: Group) -> None:
     """What is measured at an evaluation: answers under teacher forcing, then generations that nothing ends."""
     rows = token_rows(replace(case, rows=case.evaluated), 3)
+    others = [
+        TokenRow(f"{row.id} {n}", (*row.ids[: row.prompt_length], *other.ids[row.prompt_length :]), row.prompt_length)
+        for n in range(1, case.answers)
+        for row, other in zip(rows, token_rows(replace(case, rows=case.evaluated), 3 + n), strict=True)
+    ]
     half = torch.autocast(group.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
     model.eval()
     with half, parallel.lockstep(model, group) as forward:
         scorer = Scorer(model, forward, group.device)
-        teacher_forced(scorer, rows, set(), 0, case.evaluated)
+        teacher_forced(scorer, dict.fromkeys([*rows, *others], Look.HITS), 0, case.evaluated)
         if case.generated:
             prompts = [row.ids for row in rows]
             greedy(

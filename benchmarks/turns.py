@@ -1,7 +1,7 @@
 """Processes compared on a machine that other work shares: they take short turns, so that a slow minute is slow for all.
 
 A process says ``ready`` on a line of its own when it has loaded what it needs, begins to work when it is sent a line,
-and ends with a line of JSON. While one has its turn the others are stopped (SIGSTOP).
+and from then on prints nothing but a line of JSON at its end. While one has its turn the others are stopped (SIGSTOP).
 """
 
 from __future__ import annotations

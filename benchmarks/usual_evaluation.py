@@ -31,7 +31,8 @@ class Usual:
         self.batch, self.new_tokens = batch, new_tokens
         self.rouge_l = RougeScorer(["rougeL"], use_stemmer=True)
         self.length = models.max_length(model)
-        self.made: dict[Any, list[float]] = {}
+        self.made: dict[str, list[float]] = {}
+        self.hit: dict[str, list[list[bool]]] = {}
 
     def batches(self, rows: Sequence[EvalRow]) -> Iterator[Sequence[EvalRow]]:
         for start in range(0, len(rows), self.batch):
@@ -52,16 +53,19 @@ class Usual:
         return out[:, :-1], labels[:, 1:]
 
     def nll(self, rows: Sequence[EvalRow], name: str, answer: Callable[[EvalRow], str]) -> list[float]:
-        """Mean NLL of an answer of each row."""
+        """Mean NLL of an answer of each row. The cross-entropy is called as TOFU's and OpenUnlearning's code does."""
         if self.shared and name in self.made:
             return self.made[name]
         found = self.made[name] = []
+        hits = self.hit[name] = []
         for batch in self.batches(rows):
             logits, labels = self.logits([(row, answer(row)) for row in batch])
             each = torch.nn.functional.cross_entropy(
                 logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
             )
             found += (each.sum(1) / (labels != IGNORE).sum(1)).tolist()
+            if self.shared and name in ("forget answer", "retain answer"):
+                hits += _hits(logits, labels)
         return found
 
     def wrong(self, rows: Sequence[EvalRow], name: str) -> list[tuple[float, ...]]:
@@ -70,13 +74,13 @@ class Usual:
         columns = [self.nll(rows, f"{name} wrong {k}", lambda r, k=k: r.perturbed[k]) for k in range(count)]  # type: ignore[misc]
         return list(zip(*columns, strict=True))
 
-    def hits(self, rows: Sequence[EvalRow]) -> list[list[bool]]:
-        """Arg-max hits of the answer's tokens before the closing one."""
+    def hits(self, rows: Sequence[EvalRow], name: str) -> list[list[bool]]:
+        """Arg-max hits of the true answer's tokens before the closing one."""
+        if self.shared:
+            return self.hit[f"{name} answer"]
         found: list[list[bool]] = []
         for batch in self.batches(rows):
-            logits, labels = self.logits([(row, row.answer) for row in batch])
-            right = logits.argmax(-1) == labels
-            found += [r[m].tolist()[:-1] for r, m in zip(right, labels != IGNORE, strict=True)]
+            found += _hits(*self.logits([(row, row.answer) for row in batch]))
         return found
 
     def rouge(self, rows: Sequence[EvalRow]) -> float:
@@ -115,13 +119,18 @@ class Usual:
             found[f"{name}_rouge"] = self.rouge(rows)
             if own:
                 prefix = "" if name == "forget" else "retain_"
-                hits = self.hits(rows)
+                hits = self.hits(rows, name)
                 found[f"{prefix}extraction_strength"] = statistics.fmean(map(_strength, hits))
-                hits = hits if self.shared else self.hits(rows)
+                hits = self.hits(rows, name)
                 found[f"{prefix}exact_memorization"] = statistics.fmean(map(statistics.fmean, hits))
         parts = [found[f"{s}_{m}"] for s in SETS[1:] for m in ("probability", "rouge", "truth_ratio")]
         found["model_utility"] = statistics.harmonic_mean(parts)
         return found
+
+
+def _hits(logits: torch.Tensor, labels: torch.Tensor) -> list[list[bool]]:
+    right = logits.argmax(-1) == labels
+    return [r[m].tolist()[:-1] for r, m in zip(right, labels != IGNORE, strict=True)]
 
 
 def _strength(hits: Sequence[bool]) -> float:

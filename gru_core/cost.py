@@ -207,8 +207,8 @@ def _unsharded(shape: Shape, size: Bytes, copies: bool) -> int:
 
 def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan) -> int:
     """Most bytes of an evaluation batch, its rows as long as the rows that train: logits from the token before the
-    answer on and a slice of them in float32, behind at most two key-value caches where answers share one (the trunks'
-    and their branches'), or the cache of generation."""
+    answer on and a slice of them in float32, behind a key-value cache where answers share one, or the cache of
+    generation."""
     B, T = work.evaluated, work.tokens
     copies = shape.layers * saved.block_fixed + saved.rest_fixed  # autocast's cache
     inner = B * T * (3 * shape.intermediate + 2 * shape.hidden) * size.compute
@@ -217,7 +217,7 @@ def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan)
     # of a slice: itself, its float32 copy where it is bf16, and its log-softmax
     forced = size.compute * B * kept * shape.vocabulary + at_once * (size.compute + (4 if size.compute < 4 else 0) + 4)
     cache = B * (T + work.generated) * shape.cache * size.compute if work.generated else 0
-    shared = 2 * B * T * shape.cache * size.compute if work.compared else 0
+    shared = B * T * shape.cache * size.compute if work.compared else 0
     return copies + max(forced + shared, cache + inner)
 
 

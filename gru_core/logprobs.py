@@ -87,8 +87,9 @@ class AnswerTokens(NamedTuple):
 
     Attributes:
         nll: negative log-likelihood, nats.
-        hits: whether the token is the arg-max; never where the largest logit is not finite.
-        top: the token that is the arg-max, int64; -1 where the largest logit is not finite.
+        hits: whether the token is the arg-max; never where the largest logit is not finite, or in a row whose arg-max
+            was not asked for.
+        top: the token that is the arg-max, int64; -1 where ``hits`` is never True.
         standard: ``(log p_t - mu) / sigma`` where it was asked for: mu and sigma are the mean and the standard
             deviation of log p under the model's own next-token distribution, the variance at least 1e-6 (Min-K%++,
             arXiv 2404.02936, equation 3).
@@ -107,15 +108,22 @@ CACHED = 1 << 19
 
 
 @torch.no_grad()
-def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: bool = False) -> AnswerTokens:
+def answer_tokens(
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: bool = False, looked_B: torch.Tensor | None = None
+) -> AnswerTokens:
     """Everything that is measured on answer tokens, a slice of tokens at a time: no float32 copy of all logits.
 
     The logits of the last position, which predict nothing, may be left out: (B, T-1, V).
+
+    Args:
+        standard: ask for :attr:`AnswerTokens.standard`.
+        looked_B: whether a row's arg-max is asked for; of all rows unless given.
     """
     place_N, targets_N = _places(labels_BT)
     T = labels_BT.shape[1]
+    looked_N = None if looked_B is None else looked_B[place_N // T]
     place_N = place_N - place_N // T * (T - logits_BTV.shape[1])
-    found = tokens_at(logits_BTV, place_N, targets_N, standard)
+    found = tokens_at(logits_BTV, place_N, targets_N, standard, looked_N)
     nll_BT1, hits_BT1, top_BT1 = (_scatter(each, labels_BT) for each in (found.nll, found.hits, found.top))
     scattered = None if found.standard is None else _scatter(found.standard, labels_BT)
     return AnswerTokens(nll_BT1, hits_BT1, top_BT1, scattered)
@@ -123,29 +131,41 @@ def answer_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: b
 
 @torch.no_grad()
 def tokens_at(
-    logits_BTV: torch.Tensor, place_N: torch.Tensor, targets_N: torch.Tensor, standard: bool = False
-) -> AnswerTokens:
+    logits_BTV: torch.Tensor, place_N: torch.Tensor, targets_N: torch.Tensor, standard: bool = False,
+    looked_N: torch.Tensor | None = None,
+) -> AnswerTokens:  # fmt: skip
     """The same of any tokens ``targets_N``, each predicted at the flat position ``place_N`` of (B, T); fields (N,)."""
     flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
     room = CACHED if place_N.device.type == "cpu" else ELEMENTS
     slices = torch.arange(len(place_N), device=place_N.device).split(max(1, room // flat.shape[1]))
-    found = [_tokens(flat.index_select(0, place_N[n]), targets_N[n], standard) for n in slices]
-    nll_N, top_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
+    found = []
+    for n in slices:
+        logits_NV = flat.index_select(0, place_N[n])
+        top_N = _top(logits_NV) if looked_N is None else _top_of_some(logits_NV, looked_N[n])
+        found.append((top_N, *_tokens(_precise(logits_NV), targets_N[n], standard)))
+    top_N, nll_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
     return AnswerTokens(nll_N, top_N == targets_N, top_N, standard_N if standard else None)
 
 
-def _tokens(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, standard: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    top_N, precise_NV = _top(logits_NV), _precise(logits_NV)
+def _tokens(logits_NV: torch.Tensor, targets_N: torch.Tensor, standard: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL, and what :attr:`AnswerTokens.standard` says or nothing of worth. ``logits_NV`` is overwritten."""
     if not standard:
-        return F.cross_entropy(precise_NV, targets_N, reduction="none"), top_N, targets_N.double()
-    logp_NV = precise_NV.log_softmax(-1)
+        most_N1, target_N1 = logits_NV.amax(-1, keepdim=True), logits_NV.gather(1, targets_N[:, None])
+        nll_N1 = logits_NV.sub_(most_N1).exp_().sum(-1, keepdim=True).log_() + (most_N1 - target_N1)
+        return nll_N1.squeeze(1), targets_N.double()
+    logp_NV = logits_NV.log_softmax(-1)
     target_N, p_NV = logp_NV.gather(1, targets_N[:, None]).squeeze(1), logp_NV.exp()
     mu_N = (p_NV * logp_NV).nan_to_num(nan=0.0).sum(-1)  # 0 * -inf: a token that cannot come adds nothing
     # not the mean square less the squared mean: in float32 their difference has no digits where the model is sure
     variance_N = (p_NV * (logp_NV - mu_N[:, None]).square()).nan_to_num(nan=0.0).sum(-1)
-    return -target_N, top_N, (target_N - mu_N) / variance_N.clamp(min=1e-6).sqrt()
+    return -target_N, (target_N - mu_N) / variance_N.clamp(min=1e-6).sqrt()
+
+
+def _top_of_some(logits_NV: torch.Tensor, looked_N: torch.Tensor) -> torch.Tensor:
+    """:func:`_top` where ``looked_N``, -1 elsewhere."""
+    place_N = looked_N.nonzero().squeeze(1)
+    top_N = torch.full_like(looked_N, -1, dtype=torch.int64)
+    return top_N.index_copy(0, place_N, _top(logits_NV.index_select(0, place_N))) if len(place_N) else top_N
 
 
 def _top(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -154,13 +174,17 @@ def _top(logits_NV: torch.Tensor) -> torch.Tensor:
     Taken of blocks and then within a row's best one: on a CPU the largest value comes several times as fast as its
     place.
     """
-    width = _width(logits_NV.shape[1])
-    blocks_NKW = logits_NV.unflatten(1, (-1, width))
-    N, K = blocks_NKW.shape[:2]
-    block_N = blocks_NKW.amax(-1).argmax(-1)
-    best_NW = blocks_NKW.flatten(0, 1).index_select(0, torch.arange(N, device=logits_NV.device) * K + block_N)
-    value_N, place_N = best_NW.max(-1)
-    return (block_N * width + place_N).masked_fill(~torch.isfinite(value_N), -1)
+    N, V = logits_NV.shape
+    width = _width(V)
+    if width == V:
+        value_N, top_N = logits_NV.max(-1)
+    else:
+        blocks_NKW = logits_NV.unflatten(1, (-1, width))
+        block_N = blocks_NKW.amax(-1).argmax(-1)
+        row_N = torch.arange(N, device=logits_NV.device) * (V // width) + block_N
+        value_N, place_N = blocks_NKW.flatten(0, 1).index_select(0, row_N).max(-1)
+        top_N = block_N * width + place_N
+    return top_N.masked_fill(~torch.isfinite(value_N), -1)
 
 
 @functools.cache

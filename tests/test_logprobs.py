@@ -60,7 +60,7 @@ def test_nll_counts_hits_equal_a_python_loop(logits, labels):
 
 def test_one_gather_gives_the_same_as_two(logits, labels):
     nll, hits, top, _ = logprobs.answer_tokens(logits, labels)
-    assert torch.equal(nll, logprobs.answer_nll(logits, labels))
+    torch.testing.assert_close(nll, logprobs.answer_nll(logits, labels), rtol=1e-6, atol=1e-6)
     assert torch.equal(hits, logprobs.answer_hits(logits, labels))
     answers = logprobs.answer_mask(labels)
     assert torch.equal(top[answers], logits[:, :-1][answers].argmax(-1))
@@ -126,6 +126,35 @@ def test_logits_that_are_not_finite_are_no_hits(value):
     logits = torch.full((1, 3, V), value)
     labels = torch.tensor([[IGNORE, 0, 0]])
     assert not logprobs.answer_hits(logits, labels).any()
+
+
+@pytest.mark.parametrize("size", [24, 7, 97, 2 * 131, 1000, 4096])
+def test_the_arg_max_is_the_first_of_equals_whatever_the_size_of_the_vocabulary(size: int) -> None:
+    """Also of rows with a value that is not finite, which have none."""
+    made = torch.Generator().manual_seed(size)
+    logits = torch.randint(0, 6, (40, size), generator=made).float()  # many equals
+    logits[0] = 1.0
+    for row, value in enumerate((torch.inf, torch.nan), start=1):
+        logits[row, size // 2] = value
+    logits[3] = -torch.inf
+    logits[4, : size // 2] = -torch.inf
+    rows = logits.tolist()
+    expected = [-1 if n in (1, 2, 3) else row.index(max(row)) for n, row in enumerate(rows)]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert logprobs._top(logits.to(dtype)).tolist() == expected
+
+
+def test_any_token_at_any_place(logits, labels):
+    """By its flat place, in any order and more than once, as in a loop over the answer tokens of all rows."""
+    nll, hit = naive(logits, labels)
+    known = [(b * T + t, int(labels[b, t + 1]), nll[b][t], hit[b][t]) for b, t in [(1, 4), (0, 0), (2, T - 2), (1, 4)]]
+    place_N, targets_N = torch.tensor([k[0] for k in known]), torch.tensor([k[1] for k in known])
+    found = logprobs.tokens_at(logits, place_N, targets_N)
+    assert found.nll.tolist() == pytest.approx([k[2] for k in known], rel=1e-5)
+    assert found.hits.tolist() == [k[3] for k in known]
+    assert found.standard is None
+    none = logprobs.tokens_at(logits, place_N[:0], targets_N[:0], standard=True)
+    assert none.nll.shape == none.hits.shape == none.standard.shape == (0,)
 
 
 def test_kl_by_hand_and_masked_to_the_answer() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 
 from gru_core.benchmarks.base import Benchmark, EvalRow
@@ -33,7 +34,7 @@ from gru_core.metrics.base import LOST_NLL
 from gru_core.metrics.extraction_strength import strength
 from gru_core.metrics.forget_quality import ks_pvalue, log10_pvalue
 from gru_core.metrics.probability import choice_probability
-from gru_core.metrics.rouge import rouge_l_recall
+from gru_core.metrics.rouge import rouge_l_f1, rouge_l_recall
 from gru_core.metrics.truth_ratio import forget_aggregate, log_truth_ratio, utility_aggregate
 from gru_core.metrics.utility import PARTS, harmonic_mean, notes, utility_parts
 
@@ -244,6 +245,27 @@ def test_rouge_by_hand():
     assert rouge_l_recall("the cat quietly sat", "the big cat sat down quietly") == pytest.approx(3 / 4)
     assert rouge_l_recall("running jumps", "runs jumping") == 1
     assert rouge_l_recall("a word", "") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "generation"),
+    [
+        ("The cat sat.", "the CAT; sat"),  # the same words
+        ("running", "runs"),
+        ("a cat sat", "a cat"),
+        ("...", "!"),  # no word on either side
+        ("", ""),
+        ("", "a"),
+        ("猫", "猫"),
+        ("the cat sat", "the the cat"),
+    ],
+)
+def test_rouge_is_that_of_the_library(answer: str, generation: str) -> None:
+    for stem in (True, False):
+        library = RougeScorer(["rougeL"], use_stemmer=stem).score(answer, generation)["rougeL"]
+        assert rouge_l_f1(answer, generation, stem) == library.fmeasure
+        if stem:
+            assert rouge_l_recall(answer, generation) == library.recall
 
 
 # --- forget quality --------------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ def test_an_evaluation_by_hand() -> None:
         return cost.memory(of, kept, config(dtype=dtype), job, cost.Plan()).evaluation - kept.rest_fixed
 
     assert evaluation(shape) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V
-    caches = 2 * 4 * B * T * 2 * L * KV * HEAD  # behind answers that share one, and their own
-    assert evaluation(shape, replace(job, compared=True)) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V + caches
+    cache = 4 * B * T * 2 * L * KV * HEAD  # behind answers that share it
+    assert evaluation(shape, replace(job, compared=True)) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V + cache
     assert evaluation(shape, dtype="pure_bfloat16") == 2 * B * (N + 1) * V + (2 + 4 + 4) * B * N * V
     assert evaluation(replace(shape, trims=False)) == 4 * B * T * V + 2 * 4 * B * N * V
     inner = 4 * B * T * (3 * I + 2 * D)

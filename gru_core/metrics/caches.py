@@ -31,5 +31,6 @@ class Picked(DynamicLayer):
 
     def _behind(self, cached: torch.Tensor | None, fed_BHKD: torch.Tensor) -> torch.Tensor:
         assert cached is not None  # see ``scorer.is_plain``
-        found_BSHD = cached.transpose(1, 2)[self.place_B1, self.column_BS]
+        place_B1, column_BS = (index.to(cached.device) for index in (self.place_B1, self.column_BS))
+        found_BSHD = cached.transpose(1, 2)[place_B1, column_BS]
         return torch.cat([found_BSHD.transpose(1, 2), fed_BHKD], dim=2)

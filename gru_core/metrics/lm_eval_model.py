@@ -19,6 +19,7 @@ from gru_core.metrics.forced import teacher_forced
 from gru_core.metrics.generate import greedy
 from gru_core.metrics.lm_eval_load import LENGTHS
 from gru_core.metrics.measure import pad_id, scoring, stop_tokens
+from gru_core.metrics.passes import Look
 from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.subject import Subject
 from gru_core.parallel import unwrap
@@ -121,9 +122,9 @@ class Adapter(TemplateLM):
         subject = self.subject
         mine = subject.group.share(list(behind.values()))
         with scoring(subject.model, subject.model_config, subject.group) as scorer:
-            asked = [row for together in mine for row in together]
-            found = teacher_forced(scorer, asked, set(), pad_id(self.tokenizer), subject.config.batch_rows)
-        known = [[(-a.scores.nll, a.hits.matched == a.hits.tokens) for a in map(found.get, each) if a] for each in mine]
+            asked = dict.fromkeys((row for together in mine for row in together), Look.HITS)
+            found = teacher_forced(scorer, asked, pad_id(self.tokenizer), subject.config.batch_rows)
+        known = [[(-found[row].scores.nll, found[row].led == row.answer_length) for row in each] for each in mine]
         answers: dict[TokenRow, Answer] = {}
         for together, numbers in zip(behind.values(), subject.group.gather_shared(known), strict=True):
             answers |= zip(together, numbers, strict=True)

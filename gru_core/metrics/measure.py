@@ -25,6 +25,7 @@ from gru_core.metrics.forced import Answer, Forced, teacher_forced
 from gru_core.metrics.generate import greedy
 from gru_core.metrics.generations import GENERATIONS, Made
 from gru_core.metrics.gradients import gradient_norms
+from gru_core.metrics.passes import Look
 from gru_core.metrics.progress import Progress
 from gru_core.metrics.scorer import Scorer
 from gru_core.metrics.tokens import EncodedRow, encode_rows
@@ -117,7 +118,7 @@ def _measure_part(
 ) -> list[RowScores]:
     if not tasks:
         return []
-    forced = teacher_forced(scorer, *_asked(tasks), pad_id(tokenizer), config.batch_rows)
+    forced = teacher_forced(scorer, _asked(tasks), pad_id(tokenizer), config.batch_rows)
     made = _generated(scorer, tokenizer, tasks, forced, config)
     gradients = _gradients(scorer.model, tasks, scorer.device)
     return [_row(task, forced, made.get(task), gradients.get(task), texts) for task in tasks]
@@ -170,15 +171,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _asked(tasks: Sequence[_Task]) -> tuple[dict[TokenRow, None], set[TokenRow]]:
-    """The answers that ``tasks`` ask for, equal ones once; and those of them whose tails are asked for."""
-    wanted: dict[TokenRow, None] = {}
+def _asked(tasks: Sequence[_Task]) -> dict[TokenRow, Look]:
+    """The answers that ``tasks`` ask for, equal ones once, each as closely as any of them asks."""
+    wanted: dict[TokenRow, Look] = {}
+
+    def want(row: TokenRow, look: Look) -> None:
+        wanted[row] = max(look, wanted.get(row, look))
+
     for task in tasks:
-        rows = [task.encoded.answer] if task.kinds & {"answer", "tail", *GENERATIONS} else []
+        if task.kinds & {"answer", "tail", *GENERATIONS}:
+            want(task.encoded.answer, Look.TAIL if "tail" in task.kinds else Look.HITS)
         if "truth" in task.kinds:
-            rows += [*([task.encoded.paraphrase] if task.encoded.paraphrase else []), *task.encoded.perturbed]
-        wanted |= dict.fromkeys(rows)
-    return wanted, {task.encoded.answer for task in tasks if "tail" in task.kinds}
+            for row in (task.encoded.paraphrase, *task.encoded.perturbed):
+                if row is not None:
+                    want(row, Look.LIKELIHOOD)
+    return wanted
 
 
 def _gradients(model: nn.Module, tasks: Sequence[_Task], device: torch.device) -> dict[_Task, float]:
