@@ -206,16 +206,16 @@ def _unsharded(shape: Shape, size: Bytes, copies: bool) -> int:
 
 
 def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan) -> int:
-    """Most bytes of an evaluation batch, its rows as long as the rows that train: logits from the token before the
-    answer on and a slice of them in float32, behind a key-value cache where answers share one, or the cache of
-    generation."""
+    """Most bytes of an evaluation batch, its rows as long as the rows that train: the logits of answer tokens, a slice
+    of them in float32, and a key-value cache where answers share one; or the cache of generation."""
     B, T = work.evaluated, work.tokens
     copies = shape.layers * saved.block_fixed + saved.rest_fixed  # autocast's cache
     inner = B * T * (3 * shape.intermediate + 2 * shape.hidden) * size.compute
-    kept = min(T, work.answer + 1) if shape.trims else T
-    at_once = min(B * work.answer * shape.vocabulary, max(work.slice, shape.vocabulary))
-    # of a slice: itself, its float32 copy where it is bf16, and its log-softmax
-    forced = size.compute * B * kept * shape.vocabulary + at_once * (size.compute + (4 if size.compute < 4 else 0) + 4)
+    answers = B * work.answer * shape.vocabulary
+    at_once = min(answers, max(work.slice, shape.vocabulary))
+    # of a slice its float32 copy where it is bf16; all logits a second time where the output layer makes them whole
+    forced = size.compute * (answers if shape.trims else B * T * shape.vocabulary + answers)
+    forced += 4 * at_once if size.compute < 4 else 0
     cache = B * (T + work.generated) * shape.cache * size.compute if work.generated else 0
     shared = B * T * shape.cache * size.compute if work.compared else 0
     return copies + max(forced + shared, cache + inner)

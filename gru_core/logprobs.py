@@ -102,47 +102,49 @@ class AnswerTokens(NamedTuple):
 
 
 ELEMENTS = 1 << 24
-"""Most logits that :func:`answer_tokens` holds in float32 at a time."""
+"""Most logits that :func:`token_numbers` looks at at a time."""
 CACHED = 1 << 19
 """The same on a CPU, whose cache then holds them from one pass to the next; a GPU wants few calls."""
 
 
 @torch.no_grad()
 def answer_tokens(
-    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, standard: bool = False, looked_B: torch.Tensor | None = None
+    logits_NV: torch.Tensor, labels_BT: torch.Tensor, standard: bool = False, looked_B: torch.Tensor | None = None
 ) -> AnswerTokens:
-    """Everything that is measured on answer tokens, a slice of tokens at a time: no float32 copy of all logits.
-
-    The logits of the last position, which predict nothing, may be left out: (B, T-1, V).
+    """Everything that is measured on answer tokens, of the logits at :func:`answer_places`, which are overwritten.
 
     Args:
         standard: ask for :attr:`AnswerTokens.standard`.
         looked_B: whether a row's arg-max is asked for; of all rows unless given.
     """
     place_N, targets_N = _places(labels_BT)
-    T = labels_BT.shape[1]
-    looked_N = None if looked_B is None else looked_B[place_N // T]
-    place_N = place_N - place_N // T * (T - logits_BTV.shape[1])
-    found = tokens_at(logits_BTV, place_N, targets_N, standard, looked_N)
+    looked_N = None if looked_B is None else looked_B[place_N // labels_BT.shape[1]]
+    found = token_numbers(logits_NV, targets_N, standard, looked_N)
     nll_BT1, hits_BT1, top_BT1 = (_scatter(each, labels_BT) for each in (found.nll, found.hits, found.top))
     scattered = None if found.standard is None else _scatter(found.standard, labels_BT)
     return AnswerTokens(nll_BT1, hits_BT1, top_BT1, scattered)
 
 
+def answer_places(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Flat positions in (B, T-1) whose logits predict answer tokens, (N,), row by row."""
+    place_N, _ = _places(labels_BT)
+    return place_N - place_N // labels_BT.shape[1]
+
+
 @torch.no_grad()
-def tokens_at(
-    logits_BTV: torch.Tensor, place_N: torch.Tensor, targets_N: torch.Tensor, standard: bool = False,
-    looked_N: torch.Tensor | None = None,
-) -> AnswerTokens:  # fmt: skip
-    """The same of any tokens ``targets_N``, each predicted at the flat position ``place_N`` of (B, T); fields (N,)."""
-    flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-    room = CACHED if place_N.device.type == "cpu" else ELEMENTS
-    slices = torch.arange(len(place_N), device=place_N.device).split(max(1, room // flat.shape[1]))
+def token_numbers(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, standard: bool = False, looked_N: torch.Tensor | None = None
+) -> AnswerTokens:
+    """The same of any tokens ``targets_N``, each with the logits that predict it; fields (N,). A slice of tokens at a
+    time, no float32 copy of all logits; ``logits_NV`` is overwritten."""
+    room = CACHED if logits_NV.device.type == "cpu" else ELEMENTS
+    size = max(1, room // logits_NV.shape[1])
     found = []
-    for n in slices:
-        logits_NV = flat.index_select(0, place_N[n])
-        top_N = _top(logits_NV) if looked_N is None else _top_of_some(logits_NV, looked_N[n])
-        found.append((top_N, *_tokens(_precise(logits_NV), targets_N[n], standard)))
+    for start in range(0, max(1, len(targets_N)), size):  # none is a slice, too
+        n = slice(start, start + size)
+        some_NV = logits_NV[n]
+        top_N = _top(some_NV) if looked_N is None else _top_of_some(some_NV, looked_N[n])
+        found.append((top_N, *_tokens(_precise(some_NV), targets_N[n], standard)))
     top_N, nll_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
     return AnswerTokens(nll_N, top_N == targets_N, top_N, standard_N if standard else None)
 

@@ -38,7 +38,7 @@ class Shape:
         head_trained: whether the output head has a gradient.
         vocabulary, hidden, width, intermediate: V, D, attention heads x head size, width of the feed-forward part.
         cache: key and value elements that generation keeps for a token, over all layers.
-        trims: whether the model can leave out the logits of positions before an answer.
+        trims: whether an evaluation makes logits of answer tokens alone.
     """
 
     parameters: int
@@ -121,7 +121,7 @@ def shape(config: Any, settings: ModelConfig) -> Shape:
         width=heads * head_dim,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         cache=2 * len(units) * (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-        trims=Scorer.of(model).takes("logits_to_keep"),
+        trims=Scorer.of(model).head() is not None,
     )
 
 

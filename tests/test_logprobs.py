@@ -59,7 +59,8 @@ def test_nll_counts_hits_equal_a_python_loop(logits, labels):
 
 
 def test_one_gather_gives_the_same_as_two(logits, labels):
-    nll, hits, top, _ = logprobs.answer_tokens(logits, labels)
+    spent = logits[:, :-1].flatten(0, 1)[logprobs.answer_places(labels)]
+    nll, hits, top, _ = logprobs.answer_tokens(spent, labels)
     torch.testing.assert_close(nll, logprobs.answer_nll(logits, labels), rtol=1e-6, atol=1e-6)
     assert torch.equal(hits, logprobs.answer_hits(logits, labels))
     answers = logprobs.answer_mask(labels)
@@ -144,16 +145,20 @@ def test_the_arg_max_is_the_first_of_equals_whatever_the_size_of_the_vocabulary(
         assert logprobs._top(logits.to(dtype)).tolist() == expected
 
 
-def test_any_token_at_any_place(logits, labels):
-    """By its flat place, in any order and more than once, as in a loop over the answer tokens of all rows."""
+def test_tokens_in_any_order_as_in_a_loop(logits, labels, monkeypatch):
+    """More than once, too, in slices of two, and none at all."""
     nll, hit = naive(logits, labels)
-    known = [(b * T + t, int(labels[b, t + 1]), nll[b][t], hit[b][t]) for b, t in [(1, 4), (0, 0), (2, T - 2), (1, 4)]]
-    place_N, targets_N = torch.tensor([k[0] for k in known]), torch.tensor([k[1] for k in known])
-    found = logprobs.tokens_at(logits, place_N, targets_N)
-    assert found.nll.tolist() == pytest.approx([k[2] for k in known], rel=1e-5)
-    assert found.hits.tolist() == [k[3] for k in known]
+    places = [(1, 4), (0, 0), (2, T - 2), (1, 4), (0, 3)]
+    logits_NV = torch.stack([logits[b, t] for b, t in places])
+    targets_N = torch.stack([labels[b, t + 1] for b, t in places])
+    looked_N = torch.tensor([True, True, False, True, True])
+    monkeypatch.setattr(logprobs, "CACHED", 2 * V)
+    found = logprobs.token_numbers(logits_NV.clone(), targets_N, looked_N=looked_N)
+    assert found.nll.tolist() == pytest.approx([nll[b][t] for b, t in places], rel=1e-5)
+    assert found.hits.tolist() == [hit[b][t] and look for (b, t), look in zip(places, looked_N.tolist(), strict=True)]
+    assert found.top.tolist()[2] == -1
     assert found.standard is None
-    none = logprobs.tokens_at(logits, place_N[:0], targets_N[:0], standard=True)
+    none = logprobs.token_numbers(logits_NV[:0], targets_N[:0], standard=True)
     assert none.nll.shape == none.hits.shape == none.standard.shape == (0,)
 
 

@@ -170,8 +170,8 @@ def test_activations_of_float32_by_hand() -> None:
 
 
 def test_an_evaluation_by_hand() -> None:
-    """Logits from the token before the answer on, and a slice of those of answers twice; or all logits of models that
-    cannot leave any out; or the cache; a large vocabulary has slices of a fixed size."""
+    """Logits of answer tokens; of models that make all of them those, too; a slice in float32 where they are not; or
+    the cache; a large vocabulary has slices of a fixed size."""
     B, T, N, G = 4, 10, 7, 30
     shape, kept = size.shape(llama(), ModelConfig()), size.saved(llama(), ModelConfig(), T, cast=False)
     assert shape.trims
@@ -180,17 +180,19 @@ def test_an_evaluation_by_hand() -> None:
     def evaluation(of: size.Shape, job: cost.Work = job, dtype: str = "float32") -> int:
         return cost.memory(of, kept, config(dtype=dtype), job, cost.Plan()).evaluation - kept.rest_fixed
 
-    assert evaluation(shape) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V
+    words = 1000  # logits outweigh a block at work
+    shape, logits = replace(shape, vocabulary=words), B * N * words
+    assert evaluation(shape) == 4 * logits
     cache = 4 * B * T * 2 * L * KV * HEAD  # behind answers that share it
-    assert evaluation(shape, replace(job, compared=True)) == 4 * B * (N + 1) * V + 2 * 4 * B * N * V + cache
-    assert evaluation(shape, dtype="pure_bfloat16") == 2 * B * (N + 1) * V + (2 + 4 + 4) * B * N * V
-    assert evaluation(replace(shape, trims=False)) == 4 * B * T * V + 2 * 4 * B * N * V
+    assert evaluation(shape, replace(job, compared=True)) == 4 * logits + cache
+    assert evaluation(shape, dtype="pure_bfloat16") == (2 + 4) * logits
+    assert evaluation(replace(shape, trims=False)) == 4 * B * T * words + 4 * logits
     inner = 4 * B * T * (3 * I + 2 * D)
     assert evaluation(shape, replace(job, generated=G)) == 4 * B * (T + G) * 2 * L * KV * HEAD + inner
     words = 10_000_000
     wide = replace(shape, vocabulary=words)
-    assert evaluation(wide) == 4 * B * (N + 1) * words + 2 * 4 * ELEMENTS
-    assert evaluation(wide, replace(job, evaluated=2 * B)) == 2 * 4 * B * (N + 1) * words + 2 * 4 * ELEMENTS
+    assert evaluation(wide) == 4 * B * N * words
+    assert evaluation(wide, dtype="pure_bfloat16") == 2 * B * N * words + 4 * ELEMENTS
 
 
 def test_shards_are_a_share_of_the_whole() -> None:

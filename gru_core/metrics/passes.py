@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gru_core.batch import TokenRow, collate
-from gru_core.logprobs import AnswerTokens, answer_tokens, tokens_at
+from gru_core.logprobs import AnswerTokens, answer_places, answer_tokens, token_numbers
 from gru_core.metrics.scorer import Scorer, picked
 
 
@@ -58,7 +58,7 @@ class Passed(NamedTuple):
     rows: Sequence[TokenRow]
     tokens: AnswerTokens
     begin: list[int]
-    first: AnswerTokens | None = None
+    first: AnswerTokens
     cache: Any = None
 
 
@@ -70,44 +70,39 @@ class Passes(NamedTuple):
     pad_id: int
 
     def whole(self, rows: Sequence[TokenRow], branches: Sequence[Branch] = ()) -> Passed:
-        """One pass, without the logits of positions before the first answer where the model can leave them out.
+        """One pass, the logits of answer tokens alone.
 
         The last token of a row predicts nothing and is not fed: a row may be one token longer than the model takes.
         """
-        scorer = self.scorer
-        batch = collate(rows, range(len(rows)), self.pad_id).to(scorer.device)
-        before = min(r.prompt_length for r in rows) - 1
+        batch = collate(rows, range(len(rows)), self.pad_id).to(self.scorer.device)
         mask_BT = batch.mask_BT[:, 1:]
         # whatever stands where nothing is fed, a mask only makes it count 0 times, which does not stop a NaN
         ids_BT = torch.where(mask_BT > 0, batch.ids_BT[:, :-1], batch.ids_BT[:, :1])
-        K1 = ids_BT.shape[1] - before
-        options: dict[str, Any] = {"logits_to_keep": K1} if scorer.takes("logits_to_keep") else {}
-        if branches:  # which go on counting
-            options["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        followed = any(b.fed for b in branches)
-        found = scorer.forward(input_ids=ids_BT, attention_mask=mask_BT, use_cache=followed, **options)
-        logits_BKV = found.logits[:, -K1:].contiguous()
+        # branches go on counting
+        options = {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0)} if branches else {}
         told = [[row] for row in rows]
         for b in branches:
             told[b.place].append(b.row)
         standard = self._looks(Look.TAIL, (row for each in told for row in each))
         looked_B = self._tensor([self._looks(Look.HITS, each) for each in told])
-        tokens = answer_tokens(logits_BKV, batch.labels_BT[:, before:], standard, looked_B)
-        begin = [r.prompt_length - 1 - before for r in rows]
-        if not branches:
-            return Passed(rows, tokens, begin)
-        first = tokens_at(
-            logits_BKV, self._tensor([b.place * K1 + b.kept - 1 - before for b in branches]),
-            self._tensor([b.row.ids[b.kept] for b in branches]), standard,
-            self._tensor([self._looks(Look.HITS, [b.row]) for b in branches]),
+        place_N = answer_places(batch.labels_BT)
+        begun_M = self._tensor([b.place * ids_BT.shape[1] + b.kept - 1 for b in branches], torch.int64)
+        logits, cache = self.scorer.at(
+            torch.cat([place_N, begun_M]), input_ids=ids_BT, attention_mask=mask_BT,
+            use_cache=any(b.fed for b in branches), **options,
         )  # fmt: skip
-        return Passed(rows, tokens, begin, first, found.past_key_values if followed else None)
+        before = min(r.prompt_length for r in rows) - 1
+        tokens = answer_tokens(logits[: len(place_N)], batch.labels_BT[:, before:], standard, looked_B)
+        first = token_numbers(
+            logits[len(place_N) :], self._tensor([b.row.ids[b.kept] for b in branches], torch.int64), standard,
+            self._tensor([self._looks(Look.HITS, [b.row]) for b in branches], torch.bool),
+        )  # fmt: skip
+        return Passed(rows, tokens, [r.prompt_length - 1 - before for r in rows], first, cache)
 
     def behind(self, trunks: Passed, branches: Sequence[Branch], begun: int) -> Passed:
         """Whole answers of ``branches``, those from number ``begun`` on of all whose first tokens ``trunks`` has. What
         they share and their first own tokens ``trunks`` told, the rest one pass behind its cache, where any is fed."""
         K, first = trunks.tokens.nll.shape[1], trunks.first
-        assert first is not None  # of a pass with branches
         standard = self._looks(Look.TAIL, (b.row for b in branches))
         own = self._own(trunks.cache, branches, standard) if any(b.fed for b in branches) else None
         place_B = self._tensor([b.place for b in branches])
@@ -124,12 +119,12 @@ class Passes(NamedTuple):
             return torch.cat(parts, dim=1).gather(1, index_BJ).masked_fill(outside_BJ, 0)
 
         tokens = AnswerTokens(join("nll"), join("hits"), join("top"), join("standard") if standard else None)
-        return Passed([b.row for b in branches], tokens, [0] * len(branches))
+        return Passed([b.row for b in branches], tokens, [0] * len(branches), first)
 
     def _own(self, cache: Any, branches: Sequence[Branch], standard: bool) -> AnswerTokens:
         """One pass behind ``cache``: of each branch its own tokens less the last one, which tell of those behind the
         first of its own; each (B, K)."""
-        scorer, device = self.scorer, self.scorer.device
+        device = self.scorer.device
         place_B, kept_B1 = self._tensor([b.place for b in branches]), self._tensor([[b.kept] for b in branches])
         # what is shared stands next to what is not: some models count their windows by columns
         column_BS = torch.arange(-max(b.kept for b in branches), 0, device=device) + kept_B1
@@ -139,11 +134,12 @@ class Passes(NamedTuple):
         ids_BK = torch.where(mask_BK > 0, batch.ids_BT[:, :-1], batch.ids_BT[:, :1])
         position_BK = kept_B1 + torch.arange(ids_BK.shape[1], device=device)
         last_B1 = self._tensor([[b.kept + b.fed - 1] for b in branches])  # padding has no place of its own
-        logits = scorer.forward(
-            input_ids=ids_BK, attention_mask=torch.cat([(column_BS >= 0).to(mask_BK.dtype), mask_BK], dim=1),
+        logits, _ = self.scorer.at(
+            answer_places(batch.labels_BT), input_ids=ids_BK,
+            attention_mask=torch.cat([(column_BS >= 0).to(mask_BK.dtype), mask_BK], dim=1),
             position_ids=position_BK.minimum(last_B1), past_key_values=picked(cache, place_B, column_BS.clamp(min=0)),
             use_cache=True,
-        ).logits  # fmt: skip
+        )  # fmt: skip
         looked_B = self._tensor([self._looks(Look.HITS, [b.row]) for b in branches])
         return answer_tokens(logits, batch.labels_BT, standard, looked_B)
 
@@ -151,5 +147,5 @@ class Passes(NamedTuple):
         """Whether any of ``rows`` is looked at so closely."""
         return any(self.asked[row] >= look for row in rows)
 
-    def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
-        return torch.tensor(values, device=self.scorer.device)
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.tensor(values, device=self.scorer.device, dtype=dtype)

@@ -34,6 +34,31 @@ class Scorer(NamedTuple):
         """Whether the model's forward has an argument of this name."""
         return name in inspect.signature(self.model.forward).parameters
 
+    def head(self) -> nn.Module | None:
+        """The layer that makes logits of hidden states, where the model tells of one."""
+        tell = getattr(self.model, "get_output_embeddings", None)
+        return tell() if tell is not None else None
+
+    def at(self, place_N: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
+        """A forward pass: its logits (N, V) at the flat positions ``place_N`` of (B, T), and its key-value cache if it
+        has one. The output layer is given no other positions: with a large vocabulary it is most of the memory."""
+        picked = False
+
+        def pick(_module: nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...]:
+            nonlocal picked
+            picked = True
+            return (hidden[0].flatten(0, 1).index_select(0, place_N)[None], *hidden[1:])
+
+        head = self.head()
+        hook = head.register_forward_pre_hook(pick) if head is not None else None
+        try:
+            found = self.forward(**given)
+        finally:
+            if hook is not None:
+                hook.remove()
+        logits = found.logits
+        return logits[0] if picked else logits.flatten(0, 1).index_select(0, place_N), found.get("past_key_values")
+
     def continues(self) -> bool:
         """Whether several answers can follow one pass over what they share: the model takes positions, and a cache that
         holds the whole of it."""
