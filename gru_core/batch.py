@@ -97,7 +97,8 @@ def prompt_and_answer(
     """
     prompt, answer = _texts(tokenizer, row, system_prompt, chat_date)
     ids = _ids(tokenizer, (prompt, answer))
-    return _closed(tokenizer, row, ids[prompt], ids[answer])
+    start, end = _ends(tokenizer, row.kind)
+    return start + ids[prompt], ids[answer] + end
 
 
 def _texts(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -> tuple[str, str]:
@@ -117,13 +118,12 @@ def _ids(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     return {"": []} | dict(zip(distinct, found, strict=True))
 
 
-def _closed(tokenizer: Any, row: Row, prompt_ids: list[int], answer_ids: list[int]) -> tuple[list[int], list[int]]:
-    """With the first and the closing token, where no chat template has put them there."""
-    if row.kind == "qa" and tokenizer.chat_template:
-        return prompt_ids, answer_ids
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return start + prompt_ids, answer_ids + end
+def _ends(tokenizer: Any, kind: str) -> tuple[list[int], list[int]]:
+    """The first and the closing token of a row of this kind, where no chat template puts them there."""
+    if kind == "qa" and tokenizer.chat_template:
+        return [], []
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [bos] if bos is not None else [], [eos] if eos is not None else []
 
 
 def _chat(tokenizer: Any, row: Row, system_prompt: str | None, chat_date: str) -> tuple[str, str]:
@@ -168,8 +168,9 @@ def encode_all(
     texts = [_texts(tokenizer, row, system_prompt, chat_date) for row in rows]
     ids = _ids(tokenizer, chain.from_iterable(texts))
     specials = set(tokenizer.all_special_ids)
+    ends = {kind: _ends(tokenizer, kind) for kind in {row.kind for row in rows}}
     return [
-        _cut(row, *_closed(tokenizer, row, ids[prompt], ids[answer]), max_length, specials)
+        _cut(row, ends[row.kind][0] + ids[prompt], ids[answer] + ends[row.kind][1], max_length, specials)
         for row, (prompt, answer) in zip(rows, texts, strict=True)
     ]
 

@@ -128,12 +128,14 @@ def test_rows_that_are_all_looked_at_alike_equal_rows_alone(model: nn.Module, lo
 
 
 def fed(model: nn.Module, rows: list[TokenRow]) -> int:
-    """Tokens that are not padding."""
+    """Tokens that are not padding: in whole rows, which have no mask, padding is the first token again."""
     count = 0
 
     def watch(_module: Any, _given: Any, named: dict[str, Any]) -> None:
         nonlocal count
-        count += int(named["attention_mask"][:, -named["input_ids"].shape[1] :].sum())
+        ids, mask = named["input_ids"], named["attention_mask"]
+        whole = ids.shape == mask.shape
+        count += int(((ids != ids[:, :1]).sum() + len(ids)) if whole else mask[:, -ids.shape[1] :].sum())
 
     hook = model.register_forward_pre_hook(watch, with_kwargs=True)
     together(model, hits_of(rows), 100)

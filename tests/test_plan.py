@@ -181,12 +181,12 @@ def test_an_evaluation_by_hand() -> None:
         return cost.memory(of, kept, config(dtype=dtype), job, cost.Plan()).evaluation - kept.rest_fixed
 
     words = 1000  # logits outweigh a block at work
-    shape, logits = replace(shape, vocabulary=words), B * N * words
-    assert evaluation(shape) == 4 * logits
+    large, logits = replace(shape, vocabulary=words), B * N * words
+    assert evaluation(large) == 4 * logits
     cache = 4 * B * T * 2 * L * KV * HEAD  # behind answers that share it
-    assert evaluation(shape, replace(job, compared=True)) == 4 * logits + cache
-    assert evaluation(shape, dtype="pure_bfloat16") == (2 + 4) * logits
-    assert evaluation(replace(shape, trims=False)) == 4 * B * T * words + 4 * logits
+    assert evaluation(large, replace(job, compared=True)) == 4 * logits + cache
+    assert evaluation(large, dtype="pure_bfloat16") == (2 + 4) * logits
+    assert evaluation(replace(large, trims=False)) == 4 * B * T * words + 4 * logits
     inner = 4 * B * T * (3 * I + 2 * D)
     assert evaluation(shape, replace(job, generated=G)) == 4 * B * (T + G) * 2 * L * KV * HEAD + inner
     words = 10_000_000

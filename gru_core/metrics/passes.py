@@ -76,10 +76,8 @@ class Passes(NamedTuple):
         """
         batch = collate(rows, range(len(rows)), self.pad_id).to(self.scorer.device)
         mask_BT = batch.mask_BT[:, 1:]
-        # whatever stands where nothing is fed, a mask only makes it count 0 times, which does not stop a NaN
+        # not what stands there: a mask makes it count 0 times, which does not stop a NaN
         ids_BT = torch.where(mask_BT > 0, batch.ids_BT[:, :-1], batch.ids_BT[:, :1])
-        # branches go on counting
-        options = {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0)} if branches else {}
         told = [[row] for row in rows]
         for b in branches:
             told[b.place].append(b.row)
@@ -88,8 +86,8 @@ class Passes(NamedTuple):
         place_N = answer_places(batch.labels_BT)
         begun_M = self._tensor([b.place * ids_BT.shape[1] + b.kept - 1 for b in branches], torch.int64)
         logits, cache = self.scorer.at(
-            torch.cat([place_N, begun_M]), input_ids=ids_BT, attention_mask=mask_BT,
-            use_cache=any(b.fed for b in branches), **options,
+            torch.cat([place_N, begun_M]), input_ids=ids_BT, use_cache=any(b.fed for b in branches),
+            attention_mask=torch.ones_like(mask_BT),  # no token sees what is behind it: padding needs no mask
         )  # fmt: skip
         before = min(r.prompt_length for r in rows) - 1
         tokens = answer_tokens(logits[: len(place_N)], batch.labels_BT[:, before:], standard, looked_B)

@@ -56,8 +56,8 @@ class Scorer(NamedTuple):
         finally:
             if hook is not None:
                 hook.remove()
-        logits = found.logits
-        return logits[0] if picked else logits.flatten(0, 1).index_select(0, place_N), found.get("past_key_values")
+        logits = found.logits[0] if picked else found.logits.flatten(0, 1).index_select(0, place_N)
+        return logits, getattr(found, "past_key_values", None)
 
     def continues(self) -> bool:
         """Whether several answers can follow one pass over what they share: the model takes positions, and a cache that
