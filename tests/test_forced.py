@@ -218,6 +218,56 @@ def test_a_picked_cache_is_parts_of_its_source_and_keeps_nothing(model: nn.Modul
         assert torch.equal(cache.layers[number].values, values)
 
 
+class Bare(nn.Module):
+    """A model's numbers from its own output layer, which it calls in a way of its own or does not tell of."""
+
+    def __init__(self, model: nn.Module, how: str) -> None:
+        super().__init__()
+        self.model, self.how, self.config = model, how, model.config
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.how == "untold" else self.model.lm_head
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool = False) -> Any:
+        found = self.model.model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden, head = found.last_hidden_state, self.model.lm_head
+        if self.how == "streams":
+            logits = head(hidden[:, None].expand(-1, 2, -1, -1))[:, 0]
+        elif self.how == "keyword":
+            logits = head(input=hidden)
+        elif self.how == "chunks":
+            logits = torch.cat([head(hidden[:, :2]), head(hidden[:, 2:])], dim=1)
+        else:
+            logits = head(hidden)
+        return type("Found", (), {"logits": logits})()
+
+
+@pytest.mark.parametrize("how", ["plain", "untold", "streams", "keyword", "chunks"])
+def test_logits_do_not_depend_on_how_the_output_layer_is_called(how: str) -> None:
+    model, rows = make("llama"), hits_of(tree(3))
+    same(together(Bare(model, how), rows, 4), alone(model, rows))
+
+
+def test_the_output_layer_makes_logits_of_answer_tokens_alone(model: nn.Module) -> None:
+    """Once for each token of the tree behind the prompts, as long as no two branches leave a trunk at one token."""
+    rows = [row("a", 10, 11, 12, 13, 14), row("b", 10, 11, 12, 13), row("c", 10, 11, 15, 16), row("d", 17)]
+    made: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _m, _g, out: made.append(out.shape[:2].numel()))
+    together(model, hits_of(rows), 100)
+    hook.remove()
+    assert sum(made) == 6 + 1 + 3 + 2  # a's tokens and end; of b its end; 15, 16 and the end of c; 17 and the end of d
+
+
+def test_many_short_answers_to_a_prompt_keep_to_the_room(model: nn.Module) -> None:
+    rows = [TokenRow(f"{p} {n}", (2, p, n), 2) for p in range(4, 10) for n in range(4, VOCABULARY)]
+    made: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _m, _g, out: made.append(out.shape[:2].numel()))
+    found = together(model, hits_of(rows), 14)
+    hook.remove()
+    assert max(made) <= 14 * 3
+    same(found, alone(model, hits_of(rows)))
+
+
 def test_windows_of_a_model_that_sees_are_found() -> None:
     """Their settings stand in the text part of the config."""
     from transformers import Gemma3Config, Gemma3TextConfig

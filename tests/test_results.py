@@ -67,7 +67,15 @@ def test_the_cost_of_an_evaluation() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
     for side, name in (("usual", "usual"), ("shared", "usual, passes shared between metrics"), ("ours", "ours")):
         assert f"| {name} | {found['seconds'][side]:.1f} | {peak[side]:.0f} |" in page
+    page = " ".join(page.split())
+    assert f"That is {found['speedup']:.2f} times as fast (median of {found['repeats']} rounds" in page
+    assert f"and {found['speedup_passes_shared']:.2f} times where the usual way" in page
+    assert f"So {found['tokens']['teacher_forced']:,} tokens are fed" in page
+    floor = found["floor"]
+    assert f"fewer than {floor['tokens']:,};" in page
+    assert f"{floor['cpu_seconds']:.1f} of our {found['cpu_seconds']['ours']:.1f} CPU seconds" in page
     assert found["largest_difference"] < 1e-5
+    assert peak["ours"] <= peak["usual"]
 
 
 def test_the_accuracy_of_plans() -> None:

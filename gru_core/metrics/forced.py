@@ -70,8 +70,10 @@ def teacher_forced(scorer: Scorer, asked: Mapping[TokenRow, Look], pad_id: int, 
             alone += found
     passes, price = Passes(scorer, asked, pad_id), _price(scorer.device)
     out: Forced = {}
-    # trunks in as few batches as can be: the branches behind each of them are sorted among themselves
-    for batch in cut(_longest_first(trunks), room, room, _length):
+    # trunks in as few batches as can be, since the branches of each of them are sorted among themselves; with a place
+    # for the logits of every branch's first own token
+    sizes = {trunk: max(len(trunk.ids), trunk.answer_length + len(behind)) for trunk, behind in trunks.items()}
+    for batch in cut(sorted(trunks, key=lambda r: (-sizes[r], r.prompt_length)), room, room, sizes.__getitem__):
         found_of, left = _with_branches(passes, batch, trunks, room, price)
         out |= found_of
         alone += left

@@ -41,11 +41,14 @@ class Scorer(NamedTuple):
 
     def at(self, place_N: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
         """A forward pass: its logits (N, V) at the flat positions ``place_N`` of (B, T), and its key-value cache if it
-        has one. The output layer is given no other positions: with a large vocabulary it is most of the memory."""
+        has one. The output layer is given no other positions where it takes hidden states (B, T, width): with a large
+        vocabulary its logits are most of the memory."""
         picked = False
 
-        def pick(_module: nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...]:
+        def pick(_module: nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...] | None:
             nonlocal picked
+            if picked or not hidden or hidden[0].dim() != 3 or hidden[0].shape[:2] != given["input_ids"].shape:
+                return None
             picked = True
             return (hidden[0].flatten(0, 1).index_select(0, place_N)[None], *hidden[1:])
 
