@@ -122,10 +122,17 @@ def predict(case: Case, device: str = "cpu") -> cost.Memory:
     rows = -(-case.rows // case.workers)
     work = cost.Work(
         case.workers, rows, min(rows, case.micro_batch or rows), case.tokens, case.tokens - case.tokens // 4,
-        case.evaluated, case.generated, CACHED if device == "cpu" else ELEMENTS, case.answers > 1,
+        case.evaluated, case.generated, _slice(case, device), case.answers > 1,
     )  # fmt: skip
     kept = size.saved(settings, config.model, case.tokens, cast)
     return cost.memory(size.shape(settings, config.model), kept, config, work, plan)
+
+
+def _slice(case: Case, device: str) -> int:
+    """Logits held in float32 at a time; a bf16 product on a CPU without bf16 instructions holds all of them."""
+    if device != "cpu":
+        return ELEMENTS
+    return CACHED if case.dtype == "float32" else case.evaluated * case.tokens * case.settings().vocab_size
 
 
 def build(case: Case, group: Group) -> tuple[nn.Module, nn.Module]:

@@ -216,6 +216,7 @@ def _evaluation(shape: Shape, saved: Saved, size: Bytes, work: Work, plan: Plan)
     # of a slice its float32 copy where it is bf16; all logits a second time where the output layer makes them whole
     forced = size.compute * (answers if shape.trims else B * T * shape.vocabulary + answers)
     forced += 4 * at_once if size.compute < 4 else 0
+    forced += (2 * B * T + B * work.answer) * shape.hidden * size.compute  # the last block's, normed, and picked of it
     cache = B * (T + work.generated) * shape.cache * size.compute if work.generated else 0
     shared = B * T * shape.cache * size.compute if work.compared else 0
     return copies + max(forced + shared, cache + inner)

@@ -182,17 +182,18 @@ def test_an_evaluation_by_hand() -> None:
 
     words = 1000  # logits outweigh a block at work
     large, logits = replace(shape, vocabulary=words), B * N * words
-    assert evaluation(large) == 4 * logits
+    hidden = (2 * B * T + B * N) * D  # what the last block says of all tokens, normed, and of answer tokens
+    assert evaluation(large) == 4 * (logits + hidden)
     cache = 4 * B * T * 2 * L * KV * HEAD  # behind answers that share it
-    assert evaluation(large, replace(job, compared=True)) == 4 * logits + cache
-    assert evaluation(large, dtype="pure_bfloat16") == (2 + 4) * logits
-    assert evaluation(replace(large, trims=False)) == 4 * B * T * words + 4 * logits
+    assert evaluation(large, replace(job, compared=True)) == 4 * (logits + hidden) + cache
+    assert evaluation(large, dtype="pure_bfloat16") == 2 * (logits + hidden) + 4 * logits
+    assert evaluation(replace(large, trims=False)) == 4 * (B * T * words + logits + hidden)
     inner = 4 * B * T * (3 * I + 2 * D)
     assert evaluation(shape, replace(job, generated=G)) == 4 * B * (T + G) * 2 * L * KV * HEAD + inner
     words = 10_000_000
     wide = replace(shape, vocabulary=words)
-    assert evaluation(wide) == 4 * B * N * words
-    assert evaluation(wide, dtype="pure_bfloat16") == 2 * B * N * words + 4 * ELEMENTS
+    assert evaluation(wide) == 4 * (B * N * words + hidden)
+    assert evaluation(wide, dtype="pure_bfloat16") == 2 * (B * N * words + hidden) + 4 * ELEMENTS
 
 
 def test_shards_are_a_share_of_the_whole() -> None:
