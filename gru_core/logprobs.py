@@ -139,22 +139,30 @@ def token_numbers(
     time, no float32 copy of all logits; ``logits_NV`` is overwritten."""
     room = CACHED if logits_NV.device.type == "cpu" else ELEMENTS
     size = max(1, room // logits_NV.shape[1])
-    found = []
+    tops, nlls, standards = [], [], []
     for start in range(0, max(1, len(targets_N)), size):  # none is a slice, too
         n = slice(start, start + size)
         some_NV = logits_NV[n]
-        top_N = _top(some_NV) if looked_N is None else _top_of_some(some_NV, looked_N[n])
-        found.append((top_N, *_tokens(_precise(some_NV), targets_N[n], standard)))
-    top_N, nll_N, standard_N = (torch.cat(each) for each in zip(*found, strict=True))
-    return AnswerTokens(nll_N, top_N == targets_N, top_N, standard_N if standard else None)
+        tops.append(_top(some_NV) if looked_N is None else _top_of_some(some_NV, looked_N[n]))
+        if standard:
+            nll_N, standard_N = _standard(_precise(some_NV), targets_N[n])
+            standards.append(standard_N)
+        else:
+            nll_N = _nll(_precise(some_NV), targets_N[n])
+        nlls.append(nll_N)
+    top_N = torch.cat(tops)
+    return AnswerTokens(torch.cat(nlls), top_N == targets_N, top_N, torch.cat(standards) if standard else None)
 
 
-def _tokens(logits_NV: torch.Tensor, targets_N: torch.Tensor, standard: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL, and what :attr:`AnswerTokens.standard` says or nothing of worth. ``logits_NV`` is overwritten."""
-    if not standard:
-        most_N1, target_N1 = logits_NV.amax(-1, keepdim=True), logits_NV.gather(1, targets_N[:, None])
-        nll_N1 = logits_NV.sub_(most_N1).exp_().sum(-1, keepdim=True).log_() + (most_N1 - target_N1)
-        return nll_N1.squeeze(1), targets_N.double()
+def _nll(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """NLL (N,), in place: ``logits_NV`` is overwritten."""
+    most_N1, target_N1 = logits_NV.amax(-1, keepdim=True), logits_NV.gather(1, targets_N[:, None])
+    nll_N1 = logits_NV.sub_(most_N1).exp_().sum(-1, keepdim=True).log_() + (most_N1 - target_N1)
+    return nll_N1.squeeze(1)
+
+
+def _standard(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL and :attr:`AnswerTokens.standard`, each (N,)."""
     logp_NV = logits_NV.log_softmax(-1)
     target_N, p_NV = logp_NV.gather(1, targets_N[:, None]).squeeze(1), logp_NV.exp()
     mu_N = (p_NV * logp_NV).nan_to_num(nan=0.0).sum(-1)  # 0 * -inf: a token that cannot come adds nothing

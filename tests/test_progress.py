@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def test_two_ranks_go_on_where_three_stopped(model, measured, monkeypatch, tmp_p
 
         def work(rank: int) -> None:
             progress = Progress(tmp_path, "step 5", Threads(rank, size, board, barrier))
-            results[rank] = run(model, progress, group=progress.group)
+            results[rank] = run(copy.deepcopy(model), progress, group=progress.group)  # as processes have their own
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
         for thread in threads:

@@ -1,7 +1,7 @@
 """Forward passes over answers: whole rows, and rows that follow behind what others have cached.
 
 Shape legend: B rows of a batch, P trunks, T tokens of the longest row, K1 predicted tokens kept of each row (from the
-first column at which one has an answer token), K or J likewise, S cached tokens, N branches, V vocabulary.
+first column at which one has an answer token), K or J likewise, S cached tokens, N tokens or branches, M branches.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Passed(NamedTuple):
     Attributes:
         tokens: each (B, K1).
         begin: the column of each row's first answer token.
-        first: of each branch that is to follow, (N,), the first token of its own.
+        first: of each branch that is to follow, (M,), the first token of its own.
         cache: behind all tokens of the rows but the last, where branches are to follow it.
     """
 
